@@ -1,0 +1,235 @@
+"""Edits: what a finished adapter does to one weight. They know no method.
+
+Every edit is W' = fold(W). Most are additive, W' = W + delta, and their weighted sums are exact on the union of their
+supports. Shapes: O out_features, I in_features, k units, r rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from intarsia.errors import IntarsiaError
+from intarsia.support import Column, Element, Granularity, Shape, file_index_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Edit(ABC):
+    """One change of one weight of ``shape`` (O, I)."""
+
+    shape: Shape
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The numbers, by the name that they have in a file."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a file must say besides the numbers, as plain JSON values."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`tensors` and :meth:`facts`. Raises IntarsiaError where they do not make an edit."""
+
+    @abstractmethod
+    def fold(self, W: Tensor) -> Tensor:
+        """(O, I) -> (O, I), in W's dtype (float32 or wider)."""
+
+    def delta(self, W: Tensor) -> Tensor:
+        """fold(W) - W. (O, I) -> (O, I)."""
+        return self.fold(W) - W
+
+    @property
+    @abstractmethod
+    def touched(self) -> int:
+        """How many entries of the weight it can change."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the numbers it stores."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same edit on another device."""
+        return self.build(self.shape, {k: t.to(device) for k, t in self.tensors().items()}, self.facts())
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse(Edit):
+    """W' = W + values on a support: k units of one granularity. Index sorted; values as the granularity shapes them."""
+
+    index: Tensor  # (k,) int64, ascending
+    values: Tensor  # delta, float32 or float64
+
+    granularity: ClassVar[type[Granularity]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"indices": self.index.to(file_index_dtype(self.shape)), "values": self.values}
+
+    @classmethod
+    def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        _want(tensors, {"indices", "values"})
+        index, values = tensors["indices"], tensors["values"]
+        units = cls.granularity.units(shape)
+        if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
+            raise IntarsiaError(
+                f"indices are {tuple(index.shape)} {index.dtype}; expected one row of int32 or int64"
+            )
+        expected = cls.granularity.values_shape(shape, len(index))
+        if tuple(values.shape) != expected:
+            raise IntarsiaError(f"values are {tuple(values.shape)}; {len(index)} indices need {expected}")
+        _want_numbers("values", values)
+        if len(index) and not (
+            int(index[0]) >= 0 and int(index[-1]) < units and bool((index.diff() > 0).all())
+        ):
+            low, high = int(index.min()), int(index.max())
+            what = f"reach from {low} to {high}" if low < 0 or high >= units else "are not strictly ascending"
+            raise IntarsiaError(
+                f"indices {what}; expected ascending {cls.granularity.name} numbers in 0..{units - 1}"
+            )
+        return cls(shape, index.to(torch.int64), values)
+
+    def fold(self, W: Tensor) -> Tensor:
+        return W + self.delta(W)
+
+    def delta(self, W: Tensor) -> Tensor:
+        return self.granularity.scatter(self.shape, self.index, self.values.to(W.dtype))
+
+    @property
+    def touched(self) -> int:
+        return self.values.numel()
+
+
+class Elements(Sparse):
+    """Single entries: ``indices`` are flat positions row * I + column, ``values`` (k,)."""
+
+    kind, granularity = "elements", Element
+
+
+class Columns(Sparse):
+    """Input columns: ``indices`` are column numbers, ``values`` (O, k)."""
+
+    kind, granularity = "columns", Column
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Edit):
+    """W' = W + scale * B A."""
+
+    B: Tensor  # (O, r)
+    A: Tensor  # (r, I)
+    scale: float
+
+    kind = "low_rank"
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"B": self.B, "A": self.A}
+
+    def facts(self) -> dict[str, Any]:
+        return {"scale": self.scale}
+
+    @classmethod
+    def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        _want(tensors, {"A", "B"})
+        A, B = tensors["A"], tensors["B"]
+        if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != tuple(shape) or B.shape[1] != A.shape[0]:
+            raise IntarsiaError(
+                f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {tuple(shape)}"
+            )
+        _want_numbers("A", A)
+        _want_numbers("B", B)
+        scale = facts.get("scale")
+        if not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+            raise IntarsiaError(f"scale is {scale!r}; expected a finite number")
+        return cls(shape, B, A, float(scale))
+
+    def fold(self, W: Tensor) -> Tensor:
+        return W + self.delta(W)
+
+    def delta(self, W: Tensor) -> Tensor:
+        return self.scale * (self.B.to(W.dtype) @ self.A.to(W.dtype))
+
+    @property
+    def touched(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaled(Edit):
+    """W' = m * V / ||V|| by rows, V = inner.fold(W): any edit with a length for every row after it (DoRA)."""
+
+    inner: Edit
+    magnitude: Tensor  # (O,)
+
+    kind = "rescaled"
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.inner.tensors() | {"magnitude": self.magnitude}
+
+    def facts(self) -> dict[str, Any]:
+        return {"inner": {"type": self.inner.kind} | self.inner.facts()}
+
+    @classmethod
+    def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        inner = facts.get("inner")
+        if not isinstance(inner, Mapping) or "magnitude" not in tensors:
+            raise IntarsiaError("a rescaled edit needs a magnitude and an inner edit")
+        magnitude = tensors["magnitude"]
+        if tuple(magnitude.shape) != (shape[0],):
+            raise IntarsiaError(f"magnitude is {tuple(magnitude.shape)}; expected {(shape[0],)}")
+        _want_numbers("magnitude", magnitude)
+        rest = {k: t for k, t in tensors.items() if k != "magnitude"}
+        return cls(shape, build_edit(inner.get("type"), shape, rest, inner), magnitude)
+
+    def fold(self, W: Tensor) -> Tensor:
+        V = self.inner.fold(W)
+        return (self.magnitude.to(W.dtype) / row_norms(V))[:, None] * V
+
+    @property
+    def touched(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def row_norms(V: Tensor) -> Tensor:
+    """||V_i||, never zero. (O, I) -> (O,)."""
+    return V.norm(dim=1).clamp_min(torch.finfo(V.dtype).tiny)
+
+
+KINDS: dict[str, type[Edit]] = {kind.kind: kind for kind in (Elements, Columns, LowRank, Rescaled)}
+SPARSE: dict[str, type[Sparse]] = {kind.granularity.name: kind for kind in (Elements, Columns)}
+
+
+def build_edit(kind: Any, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Edit:
+    """An edit from what a file says of it.
+
+    Raises:
+        IntarsiaError: for an unknown type, missing, extra or misshapen tensors, indices out of range or out of order,
+            numbers that are not finite.
+    """
+    if kind not in KINDS:
+        raise IntarsiaError(f"unknown edit type {kind!r}; this version knows {', '.join(KINDS)}")
+    return KINDS[kind].build(shape, tensors, facts)
+
+
+def _want(tensors: Mapping[str, Tensor], names: set[str]) -> None:
+    if tensors.keys() != names:
+        raise IntarsiaError(
+            f"found the tensors {', '.join(sorted(tensors)) or 'none'}; expected {', '.join(sorted(names))}"
+        )
+
+
+def _want_numbers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise IntarsiaError(f"{name} is {tensor.dtype}; expected floating-point numbers")
+    if not bool(tensor.isfinite().all()):
+        raise IntarsiaError(
+            f"{name} has {int((~tensor.isfinite()).sum())} numbers that are not finite (NaN or infinity)"
+        )

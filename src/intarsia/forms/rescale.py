@@ -1,0 +1,66 @@
+"""The rescale form: a learned length for every row of what another form makes.    W' = m * V / ||V||,  V = W + delta(p)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.edits import Edit, Rescaled, row_norms
+from intarsia.errors import IntarsiaError
+from intarsia.forms.delta import Delta
+from intarsia.method import Below, Method, Start
+from intarsia.site import Site
+
+
+class Rescale(Method):
+    """State: that of the inner method, and ``magnitude`` (O,), the row norms of W at the start, so that W' = W."""
+
+    @abstractmethod
+    def inside(self) -> Delta:
+        """The method whose delta is rescaled."""
+
+    @abstractmethod
+    def length(self, V: Tensor) -> Tensor:
+        """||V|| by rows, as the backward pass is to see it. (O, I) -> (O,)."""
+
+    def check(self, site: Site) -> str | None:
+        return self.inside().check(site)
+
+    def needs_gradient(self) -> bool:
+        return self.inside().needs_gradient()
+
+    def trained_count(self, shape: tuple[int, int]) -> int:
+        return self.inside().trained_count(shape) + shape[0]
+
+    def init(self, site: Site, start: Start) -> dict[str, Tensor]:
+        W = site.weight.detach()
+        norms = row_norms(W.to(torch.promote_types(W.dtype, torch.float32)))
+        return self.inside().init(site, start) | {"magnitude": nn.Parameter(norms)}
+
+    def _ratio(self, p: Any, W: Tensor) -> Tensor:
+        return p.magnitude.to(W.dtype) / self.length(W + self.inside().delta(p).to(W.dtype))  # (O,)
+
+    def forward(self, p: Any, x: Tensor, below: Below) -> Tensor:
+        # y = m/c (x V^T) + b without building m/c V: the base's own product, the branch, and the ratio by rows.
+        W, b = below.weights(torch.promote_types(x.dtype, torch.float32))
+        y = below(x)
+        ratio = self._ratio(p, W).to(y.dtype)
+        product = y if b is None else y - b.to(y.dtype)
+        return y + (ratio - 1) * product + ratio * self.inside().branch(p, x)
+
+    def fold(self, p: Any, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._ratio(p, W)[:, None] * (W + self.inside().delta(p).to(W.dtype)), b
+
+    def edit(self, p: Any) -> Edit:
+        return Rescaled(p.shape, self.inside().edit(p), p.magnitude.detach().clone())
+
+    def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
+        if not isinstance(edit, Rescaled):
+            raise IntarsiaError(
+                f"{site.name}: the file has a {edit.kind} edit; {self.name} needs a rescaled one"
+            )
+        wide = torch.promote_types(site.weight.dtype, torch.float32)
+        return self.inside().restore(edit.inner, site) | {"magnitude": nn.Parameter(edit.magnitude.to(wide))}

@@ -1,0 +1,190 @@
+"""The sparse form: a part of W itself is trained, W' = W + scale * values on a support.
+
+Two ways to compute, equal by law:
+
+* *live*: the base weight holds the trained values, so forward is the base's own product; backward keeps only what the
+  support needs and computes the gradient of the support alone. ``chain`` writes the values after each optimizer step.
+* *branch*: beside an untouched base, for stacks, per-row adapters, and wrappers such as DoRA.
+
+The values are float32 masters (float64 on a float64 base); the live weight is their sum with the base, rounded once.
+The scale makes one learning rate serve all densities and widths; see :func:`auto_scale`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from intarsia.edits import SPARSE, Edit
+from intarsia.edits import Sparse as SparseEdit
+from intarsia.forms.delta import Delta
+from intarsia.method import Start
+from intarsia.site import Site
+from intarsia.support import Granularity, Shape
+
+
+class Sparse(Delta):
+    """State: ``values`` (trained, zero at the start) and ``index``; with ``start`` where the columns themselves are trained."""
+
+    @abstractmethod
+    def granularity_type(self) -> type[Granularity]:
+        """What the support is made of."""
+
+    @abstractmethod
+    def units(self, shape: Shape) -> int:
+        """How many units of a weight of this shape are trained."""
+
+    @abstractmethod
+    def scale_at(self, shape: Shape) -> float:
+        """The factor in front of the values."""
+
+    @abstractmethod
+    def choose(self, site: Site, start: Start) -> Tensor:
+        """The support: sorted unit indices."""
+
+    def trains_weights(self) -> bool:
+        """Whether the state holds the trained weights (divided by the scale) instead of their change."""
+        return False
+
+    def trained_count(self, shape: Shape) -> int:
+        return self.units(shape) * self.granularity_type().size(shape)
+
+    def check(self, site: Site) -> str | None:
+        units, most = self.units(site.shape), self.granularity_type().units(site.shape)
+        what = f"{self.granularity_type().name}s of the {site.shape[0]} x {site.shape[1]} weight"
+        if units < 1:
+            return f"{site.name}: none of the {most} {what} would be trained; raise the density"
+        if units > most:
+            return f"{site.name}: {units} {what} are asked for, and there are {most}"
+        return None
+
+    def init(self, site: Site, start: Start) -> dict[str, Tensor]:
+        index = self.choose(site, start)
+        shape = self.granularity_type().values_shape(site.shape, len(index))
+        return self._state(site, index, torch.zeros(shape, dtype=_wide(site), device=site.weight.device))
+
+    def _state(self, site: Site, index: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        scale = self.scale_at(site.shape)
+        if not self.trains_weights():
+            return {"values": nn.Parameter(_divide(delta, scale)), "index": index}
+        start = self.granularity_type().gather(site.weight.detach(), index).to(_wide(site))
+        return {"values": nn.Parameter(_divide(start + delta, scale)), "index": index, "start": start}
+
+    def change(self, p: Any) -> Tensor:
+        """What is added to the support, in the granularity's shape of values."""
+        grown = self.scale_at(p.shape) * p.values
+        return grown - p.start if self.trains_weights() else grown
+
+    def delta(self, p: Any) -> Tensor:
+        return self.granularity_type().scatter(p.shape, p.index, self.change(p))
+
+    def branch(self, p: Any, x: Tensor) -> Tensor:
+        cast = _autocast_dtype(x)
+        x, change = (x, self.change(p)) if cast is None else (x.to(cast), self.change(p).to(cast))
+        return _Branch.apply(x, change, p.index, self.granularity_type(), p.shape)  # type: ignore[no-any-return]
+
+    def live(self, p: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """Forward with a weight that holds the values already. (..., I) -> (..., O)."""
+        cast = _autocast_dtype(x)
+        if cast is not None:
+            x, b = x.to(cast), None if b is None else b.to(cast)
+        scale = self.scale_at(p.shape)
+        return _Live.apply(x, W, b, p.values, p.index, self.granularity_type(), scale, cast is not None)  # type: ignore[no-any-return]
+
+    def edit(self, p: Any) -> Edit:
+        kind = SPARSE[self.granularity_type().name]
+        return kind(p.shape, p.index.detach().clone(), self.change(p).detach().clone())
+
+    def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
+        assert isinstance(edit, SparseEdit)  # the loader matched the kinds
+        return self._state(site, edit.index.clone(), edit.values.to(_wide(site)))
+
+
+def auto_scale(shape: Shape, trained: int) -> float:
+    """A factor for which one learning rate serves all densities and widths.    s = 2^round(log2(TARGET / (sqrt(p) (sqrt(O) + sqrt(I)) / 2)))
+
+    One Adam step moves every trained value by the learning rate, up or down. Such a sign pattern of density p on an
+    O x I weight has a spectral norm of about sqrt(p) (sqrt(O) + sqrt(I)), far less than one low-rank step; the scale
+    brings it to a constant. A power of two, so that multiplying by it and dividing again loses no bit.
+    Measured in docs/learning-rate.md.
+    """
+    rows, columns = shape
+    norm = math.sqrt(trained / (rows * columns)) * (math.sqrt(rows) + math.sqrt(columns)) / 2
+    return 2.0 ** round(math.log2(TARGET / norm))
+
+
+TARGET = 38.0  # 16 for 1 % of a 576 x 576 weight, where Adam's best rate is then LoRA's best rate
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes on x's device, or None outside of it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _wide(site: Site) -> torch.dtype:
+    return torch.promote_types(site.weight.dtype, torch.float32)
+
+
+def _divide(total: Tensor, scale: float) -> Tensor:
+    """The values v with scale * v == total to the bit, where such v exist (always, for a saved adapter)."""
+    if math.frexp(scale)[0] == 0.5:
+        return total / scale  # a power of two: exact
+    guess = total / scale
+    for nearby in (torch.nextafter(guess, guess.new_tensor(s)) for s in (torch.inf, -torch.inf)):
+        guess = torch.where((scale * guess != total) & (scale * nearby == total), nearby, guess)
+    return guess
+
+
+class _Live(torch.autograd.Function):
+    """y = x W^T + b where W holds the values. Keeps what the support needs of x, a reference to W, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        granularity: type[Granularity],
+        scale: float,
+        cast: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(granularity.keep(x, index) if ctx.needs_input_grad[3] else None, W, index)
+        ctx.granularity, ctx.scale, ctx.dtype = granularity, scale, values.dtype
+        return F.linear(x, W.to(x.dtype) if cast else W, b)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, W, index = ctx.saved_tensors
+        gx = gy @ W.to(gy.dtype) if ctx.needs_input_grad[0] else None
+        gv = None
+        if ctx.needs_input_grad[3]:
+            gv = ctx.granularity.gradient(gy, kept, index).to(ctx.dtype) * ctx.scale
+        gb = gy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return gx, None, gb, gv, None, None, None, None
+
+
+class _Branch(torch.autograd.Function):
+    """y = x S^T, S = scatter(change). S is built again in backward instead of being kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, change: Tensor, index: Tensor, granularity: type[Granularity], shape: Shape
+    ) -> Tensor:
+        ctx.save_for_backward(granularity.keep(x, index), change, index)
+        ctx.granularity, ctx.shape = granularity, shape
+        return F.linear(x, granularity.scatter(shape, index, change))
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, change, index = ctx.saved_tensors
+        gx = gy @ ctx.granularity.scatter(ctx.shape, index, change) if ctx.needs_input_grad[0] else None
+        gv = ctx.granularity.gradient(gy, kept, index) if ctx.needs_input_grad[1] else None
+        return gx, gv, None, None, None

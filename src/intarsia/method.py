@@ -1,0 +1,122 @@
+"""What a method is: its hyperparameters (the fields of a frozen dataclass) and its math (functions of the state)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from intarsia.errors import IntarsiaError
+
+if TYPE_CHECKING:
+    from intarsia.edits import Edit
+    from intarsia.site import Site
+
+
+def option(default: Any, help: str) -> Any:
+    """A hyperparameter: its default and one line for the command line, the docs and the config schema."""
+    return field(default=default, metadata={"help": help})
+
+
+class Below(Protocol):
+    """What an adapter sees under it: the base layer, or the base layer with the adapters below already on it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight (O, I) and bias (O,) of all that lies below, folded in ``dtype``."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a method may use to start at one site.
+
+    Attributes:
+        key: 63 random bits that depend on the seed and on the site's name, and on nothing else.
+        gradient: (O, I) float32, the loss gradient of the base summed over the calibration data, when asked for.
+    """
+
+    key: int
+    gradient: Tensor | None = None
+
+    @classmethod
+    def at(cls, site: str, seed: int, gradient: Tensor | None = None) -> Self:
+        """The start for one site: two sites of one shape get different keys, whatever the order of the sites."""
+        digest = hashlib.blake2b(f"{seed}:{site}".encode(), digest_size=8).digest()
+        return cls(int.from_bytes(digest, "little") >> 1, gradient)
+
+    def generator(self) -> torch.Generator:
+        """A CPU generator of its own; the global one is neither read nor moved."""
+        return torch.Generator().manual_seed(self.key)
+
+
+class Method(ABC):
+    """How an adapter is trained. Subclasses are frozen dataclasses; their fields are the hyperparameters.
+
+    ``p`` below is the state at one site: its tensors as attributes (``p.A``, ``p.values``) in one floating dtype, and
+    ``p.shape``, the (O, I) of the weight.
+    """
+
+    name: ClassVar[str]  # as in configs and on the command line
+    title: ClassVar[str]  # as in the paper
+    formula: ClassVar[str]  # one line
+    paper: ClassVar[str]  # "arXiv:...."
+    trained: ClassVar[str]  # trained numbers a weight, as a formula
+    kind: ClassVar[str] = "method"
+    role: ClassVar[str] = "adapter"
+    mergeable: ClassVar[bool] = True
+    starts_as_identity: ClassVar[bool] = True
+    default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
+    small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
+    expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason
+
+    @abstractmethod
+    def init(self, site: Site, start: Start) -> dict[str, Tensor]:
+        """The state at a site: trained tensors as nn.Parameter, constants as plain tensors, all float32 or wider."""
+
+    @abstractmethod
+    def forward(self, p: Any, x: Tensor, below: Below) -> Tensor:
+        """(..., I) -> (..., O); pure: writes nothing."""
+
+    @abstractmethod
+    def fold(self, p: Any, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias after the adapter as functions of those before it."""
+
+    @abstractmethod
+    def edit(self, p: Any) -> Edit:
+        """What the trained state does to the weight, as an edit that knows no method."""
+
+    @abstractmethod
+    def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
+        """The state whose :meth:`edit` is this one, to the bit."""
+
+    @abstractmethod
+    def trained_count(self, shape: tuple[int, int]) -> int:
+        """Trained numbers at a weight of this (O, I)."""
+
+    def check(self, site: Site) -> str | None:
+        """Why this method cannot sit at the site, or None."""
+        return None
+
+    def needs_gradient(self) -> bool:
+        """Whether :meth:`init` needs ``start.gradient``, so that attaching needs calibration data."""
+        return False
+
+    def config(self) -> dict[str, Any]:
+        """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""
+        return {"name": self.name} | {
+            f.name: value.config() if isinstance(value := getattr(self, f.name), Method) else value
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    def require(self, holds: bool, field: str, expected: str) -> None:
+        """For ``__post_init__``: one readable error for a field out of its range."""
+        if not holds:
+            raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")

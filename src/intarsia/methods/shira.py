@@ -1,0 +1,62 @@
+"""SHiRA: train a few entries of W itself.    W' = W + s * scatter(values, index)
+
+Bhardwaj et al. 2024, "Sparse High Rank Adapters", arXiv:2406.13175, section 3; masks in section 3.1.
+Trained: round(density * O * I) numbers a weight (whole columns: round(density * I) * O).  values = 0 at the start.
+
+Scorers (the paper's masks): random (Rand), magnitude (WM), gradient (Grad), snip (SNIP), struct (Struct: the diagonal
+and evenly spaced rows).  Deviations: the paper trains with s = 1; here s follows from density and shape, so that
+LoRA's learning rates serve (``scale=1.0`` is the paper); Struct trains exactly the budget, the last row in part;
+the calibration size, not fixed in the paper, is whatever data is given; ties go to the lower index.
+"""
+
+from dataclasses import dataclass
+
+from intarsia.forms import Sparse, auto_scale
+from intarsia.method import option
+from intarsia.registry import register
+from intarsia.support import GRANULARITIES, NEED_GRADIENT, SCORERS, choose
+
+SCORER_NAMES = ("random", "struct", *SCORERS)
+
+
+@register
+@dataclass(frozen=True)
+class Shira(Sparse):
+    density: float = option(0.01, "share of the entries that is trained, in (0, 1]")
+    scorer: str = option("random", "what chooses them: " + ", ".join(SCORER_NAMES))
+    granularity: str = option("element", "what is chosen: " + ", ".join(GRANULARITIES))
+    scale: float | str = option(
+        "auto", "factor in front of the values; 'auto' fits density and shape, 1.0 is the paper"
+    )
+    offset: int = option(0, "struct: first row, so that adapters with different offsets overlap little")
+
+    name, title, paper = "shira", "SHiRA", "arXiv:2406.13175"
+    formula, trained = "W' = W + s * scatter(values, index)", "density * O * I"
+    default_lr = 4e-3
+    small = tuple({"density": 0.1, "scorer": s} for s in SCORER_NAMES) + (
+        {"density": 0.2, "granularity": "column"}, {"density": 0.1, "scale": 3.0})  # fmt: skip
+
+    def __post_init__(self):
+        self.require(0 < self.density <= 1, "density", "in (0, 1], a share of the entries")
+        self.require(self.scorer in SCORER_NAMES, "scorer", "one of " + ", ".join(SCORER_NAMES))
+        self.require(self.granularity in GRANULARITIES, "granularity", "one of " + ", ".join(GRANULARITIES))
+        self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and self.scale > 0),
+                     "scale", "'auto' or a positive number")  # fmt: skip
+        self.require(self.granularity == "element" or self.scorer != "struct", "scorer",
+                     "another one with whole columns: struct chooses entries")  # fmt: skip
+        self.require(self.offset >= 0, "offset", "0 or a row number")
+
+    def granularity_type(self):
+        return GRANULARITIES[self.granularity]
+
+    def units(self, shape):
+        return round(self.density * self.granularity_type().units(shape))
+
+    def scale_at(self, shape):
+        return auto_scale(shape, self.trained_count(shape)) if self.scale == "auto" else float(self.scale)
+
+    def choose(self, site, start):
+        return choose(self.granularity_type(), self.scorer, self.units(site.shape), site, start, self.offset)
+
+    def needs_gradient(self):
+        return self.scorer in NEED_GRADIENT

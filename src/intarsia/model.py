@@ -1,0 +1,491 @@
+"""A model with adapters: attach, activate, detach, per-row adapters, save, load.
+
+Everything is checked before anything is changed; whatever fails, the model is as it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intarsia import chain, registry, store
+from intarsia.calibrate import Loss, Progress, gather_gradients
+from intarsia.errors import IntarsiaError, nearest
+from intarsia.method import Method, Start
+from intarsia.site import ALL_LINEAR, Site, find_sites, linear_layers
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One adapter of a model: how it was attached."""
+
+    method: Method
+    targets: tuple[str, ...]
+    exclude: tuple[str, ...]
+    seed: int
+
+
+@dataclass
+class _Record:
+    """What is kept on a model while it has adapters."""
+
+    adapters: dict[str, Attached]
+    required_grad: dict[str, bool]  # of the base's parameters, to be given back
+
+
+_OCCUPIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    *,
+    name: str = "default",
+    exclude: str | Iterable[str] = (),
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Freeze the base, put one adapter on every targeted layer, and make it the only active one. In place.
+
+    Args:
+        targets: see :mod:`intarsia.site`; every pattern must match something.
+        data: calibration batches for methods that choose by gradient; mappings of the model's inputs with labels, or
+            whatever ``loss(model, batch)`` takes. The gradients of the base are summed over them.
+        seed: with the layer's name, all that random choices depend on.
+        progress: called with (done, all, what) during long work.
+
+    Raises:
+        IntarsiaError: for targets that match nothing, a weight that cannot be adapted, a method that does not fit,
+            missing calibration data, a name that is taken. The model is untouched then.
+    """
+    if not isinstance(method, Method):
+        raise IntarsiaError(f"method is {method!r}; expected a method such as intarsia.Shira(density=0.01)")
+    _free(model)
+    _check_name(model, name)
+    targets, exclude = _patterns(targets), _patterns(exclude)
+    layers = find_sites(model, targets, exclude)
+    if method.needs_gradient() and data is None:
+        raise IntarsiaError(
+            f"{method.name} chooses by gradient and needs calibration data: pass data=[batch, ...] with labels"
+        )
+    with _base_bits(model):
+        sites = {n: Site(n, layer.weight, layer.bias) for n, layer in layers.items()}
+        faults = [fault for site in sites.values() if (fault := method.check(site))]
+        if faults:
+            raise IntarsiaError(
+                "\n".join(faults[:8] + ([f"... and {len(faults) - 8} more"] if len(faults) > 8 else []))
+            )
+        states = _start(model, method, sites, data, loss, seed, progress)
+    _put_on(model, name, Attached(method, targets, exclude, seed), layers, states)
+
+
+def _start(
+    model: nn.Module,
+    method: Method,
+    sites: Mapping[str, Site],
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    seed: int,
+    progress: Progress | None,
+) -> dict[str, chain.State]:
+    states: dict[str, chain.State] = {}
+
+    def make(name: str, gradient: Tensor | None = None) -> None:
+        site = sites[name]
+        with torch.no_grad():
+            states[name] = chain.State(method, site, method.init(site, Start.at(name, seed, gradient)))
+        if progress:
+            progress(len(states), len(sites), "attaching")
+
+    if method.needs_gradient():
+        weights = {name: model.get_parameter(f"{name}.weight") for name in sites}
+        gather_gradients(model, weights, data or (), make, loss, progress)
+    else:
+        for name in sites:
+            make(name)
+    return {name: states[name] for name in sites}
+
+
+def _put_on(
+    model: nn.Module,
+    name: str,
+    attached: Attached,
+    layers: Mapping[str, nn.Module],
+    states: Mapping[str, chain.State],
+) -> None:
+    """The step that changes the model; all that can be wrong has been checked before."""
+    fresh = not hasattr(model, "_intarsia")
+    active = active_names(model)
+    try:
+        if fresh:
+            model._intarsia = _Record({}, {n: p.requires_grad for n, p in model.named_parameters()})  # type: ignore[assignment]
+            model.requires_grad_(False)
+        record(model).adapters[name] = attached
+        for site, layer in layers.items():
+            chain.put_on(layer, name, states[site])
+        activate(model, name)
+    except BaseException:
+        if name in record(model).adapters:
+            for layer in chain.adapted_layers(model).values():
+                chain.set_active(layer, [a for a in active if a != name])
+            _remove(model, name)
+        elif fresh:
+            _give_back(model)
+        raise
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make exactly these adapters act, in this order from the base upwards; none: the base, to the bit.
+
+    Their tensors become trainable, those of the others frozen. A sparse adapter in the lowest place is set into the base
+    weights (live).
+
+    Raises:
+        IntarsiaError: for an unknown or repeated name; nothing is changed then.
+    """
+    if not names and not hasattr(model, "_intarsia"):
+        return
+    attached = record(model).adapters
+    for name in names:
+        if name not in attached:
+            raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, attached)}")
+    if len(set(names)) < len(names):
+        raise IntarsiaError(f"an adapter is named twice: {', '.join(names)}")
+    layers = list(chain.adapted_layers(model).values())
+    if any(layer.rows is not None for layer in layers):
+        raise IntarsiaError("rows() is in force; leave its block before activating other adapters")
+    with chain.transaction(layers):
+        for layer in layers:
+            chain.set_active(layer, names)
+    for layer in layers:
+        for name, state in layer.adapters.items():
+            state.requires_grad_(name in names)
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Remove an adapter without a trace. With the last one, classes and ``requires_grad`` are the base's again.
+
+    Raises:
+        IntarsiaError: for an unknown name.
+    """
+    if name not in record(model).adapters:
+        raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, record(model).adapters)}")
+    activate(model, *(a for a in active_names(model) if a != name))
+    _remove(model, name)
+
+
+def _remove(model: nn.Module, name: str) -> None:
+    for layer in chain.adapted_layers(model).values():
+        if name in layer.adapters:
+            chain.take_off(layer, name)
+    del record(model).adapters[name]
+    if not record(model).adapters:
+        _give_back(model)
+
+
+def _give_back(model: nn.Module) -> None:
+    flags = record(model).required_grad
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags.get(name, True))
+    del model._intarsia
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Within the block, row i of every batch is computed with the adapter ``names[i]`` alone, or with the base for None.
+
+    Each row equals that row alone, forward and gradients; keep the backward pass inside the block too. The batch must be the
+    first dimension in every adapted layer.
+
+    Raises:
+        IntarsiaError: for an unknown name, or when a layer meets another number of rows.
+    """
+    attached = record(model).adapters
+    for name in names:
+        if name is not None and name not in attached:
+            raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, attached)}")
+    layers = chain.adapted_layers(model)
+    active = active_names(model)
+    groups: dict[str | None, list[int]] = {}
+    for row, name in enumerate(names):
+        groups.setdefault(name, []).append(row)
+    activate(model)
+    try:
+        for layer in layers.values():
+            device = layer.weight.device
+            layer.rows = tuple(
+                (() if n is None else (n,), torch.tensor(r, device=device)) for n, r in groups.items()
+            )
+            layer.row_count = len(names)
+            for name, state in layer.adapters.items():
+                state.requires_grad_(name in groups)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.rows, layer.row_count = None, 0
+        activate(model, *active)
+
+
+def sync(model: nn.Module) -> None:
+    """Write the values of live adapters into the weights, after they were changed by hand. Optimizers do it by themselves."""
+    for layer in chain.adapted_layers(model).values():
+        chain.write(layer)
+
+
+# ------------------------------------------------------------------ looking
+def record(model: nn.Module) -> _Record:
+    """What is attached. Raises IntarsiaError for a model without adapters."""
+    found: _Record | None = getattr(model, "_intarsia", None)
+    if found is None:
+        raise IntarsiaError(
+            f"no adapter is attached to this {type(model).__name__}; call intarsia.attach or intarsia.load first"
+        )
+    return found
+
+
+def attached_names(model: nn.Module) -> list[str]:
+    """Names of all adapters on the model, in the order of attaching."""
+    return list(record(model).adapters) if hasattr(model, "_intarsia") else []
+
+
+def active_names(model: nn.Module) -> list[str]:
+    """Names of the adapters that act, lowest first."""
+    found: list[str] = []
+    for layer in chain.adapted_layers(model).values():
+        found += [name for name in layer.active if name not in found]
+    return found
+
+
+def states(model: nn.Module, name: str) -> dict[str, chain.State]:
+    """The state of an adapter at each of its sites."""
+    if name not in record(model).adapters:
+        raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, record(model).adapters)}")
+    return {
+        site: layer.adapters[name]
+        for site, layer in chain.adapted_layers(model).items()
+        if name in layer.adapters
+    }
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over all weights of the base, as hex: adapters on the model, live ones too, do not count."""
+    with _base_bits(model):
+        return store.weights_digest(
+            (k, t) for k, t in model.state_dict().items() if ".adapters." not in f".{k}"
+        )
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every tensor of an adapter, supports included, by ``<site>/<tensor>``; for training checkpoints."""
+    return {
+        f"{site}/{k}": t.detach()
+        for site, state in states(model, name).items()
+        for k, t in state.tensors().items()
+    }
+
+
+def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
+    """Give an adapter the tensors of :func:`adapter_state`. All or nothing.
+
+    Raises:
+        IntarsiaError: listing every missing, extra or misshapen tensor.
+    """
+    wanted = {
+        f"{site}/{k}": t for site, state in states(model, name).items() for k, t in state.tensors().items()
+    }
+    faults = [f"missing {k}" for k in sorted(wanted.keys() - saved.keys())]
+    faults += [f"unexpected {k}" for k in sorted(saved.keys() - wanted.keys())]
+    faults += [
+        f"{k}: given {tuple(saved[k].shape)} {saved[k].dtype}, the model has {tuple(t.shape)} {t.dtype}"
+        for k, t in wanted.items()
+        if k in saved and (saved[k].shape != t.shape or saved[k].dtype != t.dtype)
+    ]
+    if faults:
+        raise IntarsiaError(f"this state does not fit the adapter {name!r}:\n  " + "\n  ".join(faults[:10]))
+    active = active_names(model)
+    activate(model)  # the support may change, so nothing may be live while it does
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(saved[key])
+    activate(model, *active)
+
+
+# ------------------------------------------------------------------ saving and loading
+def export(
+    model: nn.Module, name: str | None = None, *, called: str = "", note: Mapping[str, Any] | None = None
+) -> store.Adapter:
+    """The adapter as edits with its metadata: what :func:`save` writes and a deck holds."""
+    name = _only(model) if name is None else name
+    attached = record(model).adapters.get(name)
+    edits = {f"{site}.weight": state.method.edit(state.raw()) for site, state in states(model, name).items()}
+    assert attached is not None
+    base = store.Base(digest(model), _dtype(model, edits), _source(model))
+    about = {"targets": list(attached.targets), "exclude": list(attached.exclude), "seed": attached.seed}
+    return store.Adapter(called or name, edits, base, attached.method.config(), about, note or {})
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    note: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter's folder, whole or not at all; the base is not in it. -> the folder.
+
+    Args:
+        name: which adapter, where the model has several.
+        note: remarks for its card, such as losses.
+
+    Raises:
+        IntarsiaError: when the folder exists, cannot be written, or the adapter holds numbers that are not finite.
+    """
+    return store.write(export(model, name, called=Path(folder).name, note=note), folder, overwrite)
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_base: bool = False) -> str:
+    """Attach a saved adapter, trainable as it was, and make it the only active one. -> its name (the folder's by default).
+
+    Raises:
+        IntarsiaError: for a folder that is not whole, another base (``any_base=True`` takes that risk), a method that is not
+            installed, weights that the model lacks or that have other shapes. The model is untouched then.
+    """
+    adapter = store.read(folder)
+    name = Path(folder).name if name is None else name
+    _free(model)
+    _check_name(model, name)
+    method = registry.build(adapter.method)
+    check_fits(model, adapter, str(folder), None if any_base else digest(model))
+    layers = {
+        weight.removesuffix(".weight"): layer
+        for weight, layer in _linear_weights(model).items()
+        if weight in adapter.edits
+    }
+    with _base_bits(model):
+        sites = {n: Site(n, layer.weight, layer.bias) for n, layer in layers.items()}
+        made = {}
+        for n, site in sites.items():
+            edit = adapter.edits[f"{n}.weight"].to(site.weight.device)
+            with torch.no_grad():
+                made[n] = chain.State(method, site, method.restore(edit, site))
+    about = adapter.about
+    attached = Attached(
+        method, tuple(about.get("targets", ())), tuple(about.get("exclude", ())), int(about.get("seed", 0))
+    )
+    _put_on(model, name, attached, layers, made)
+    return name
+
+
+def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest: str | None) -> None:
+    """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model."""
+    weights = _linear_weights(model)
+    faults = []
+    for name, edit in adapter.edits.items():
+        if name not in weights:
+            faults.append(f"{name}: the model has no such linear weight; {nearest(name, weights)}")
+        elif tuple(weights[name].weight.shape) != tuple(edit.shape):
+            faults.append(
+                f"{name}: the adapter edits {tuple(edit.shape)}, the model has {tuple(weights[name].weight.shape)}"
+            )
+    if not adapter.edits:
+        faults.append("it edits nothing")
+    if faults:
+        more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
+        raise IntarsiaError(f"{where} does not fit this model:\n  " + "\n  ".join(faults[:8] + more))
+    if base_digest is not None and base_digest != adapter.base.digest:
+        dtype = _dtype(model, adapter.edits)
+        why = (
+            f"it was made on {adapter.base.dtype}, this model is {dtype}"
+            if dtype != adapter.base.dtype
+            else "its weights differ"
+        )
+        raise IntarsiaError(
+            f"{where} belongs to another base ({why}): made on {adapter.base.source or 'a model'} with digest "
+            f"{adapter.base.digest[:12]}, this model has {base_digest[:12]}. Load that base, or pass any_base=True to use it all the same"
+        )
+
+
+# ------------------------------------------------------------------ who may write the weights
+def occupy(model: nn.Module, by: str | None) -> None:
+    """Note that something other than an adapter here (a deck) has written into the weights; None: they are the base's."""
+    if by is None:
+        _OCCUPIED.pop(model, None)
+    else:
+        _OCCUPIED[model] = by
+
+
+def _free(model: nn.Module) -> None:
+    if model in _OCCUPIED:
+        raise IntarsiaError(f"{_OCCUPIED[model]} is set into this model by a deck; call deck.off() first")
+    if any(layer.rows is not None for layer in chain.adapted_layers(model).values()):
+        raise IntarsiaError("rows() is in force on this model; leave its block first")
+
+
+@contextmanager
+def _base_bits(model: nn.Module) -> Iterator[None]:
+    """Within the block the weights are the base's; afterwards the same adapters are active again, to the bit."""
+    layers = [layer for layer in chain.adapted_layers(model).values() if layer.live is not None]
+    before = [(layer, layer.active) for layer in layers]
+    try:
+        for layer in layers:
+            chain.set_active(layer, ())
+        yield
+    finally:
+        for layer, active in before:
+            chain.set_active(layer, active)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name or "." in name or "/" in name:
+        raise IntarsiaError(
+            f"an adapter cannot be named {name!r}: a name is not empty and has no dot or slash; pass name=..."
+        )
+    if name in attached_names(model):
+        raise IntarsiaError(
+            f"an adapter named {name!r} is attached already; detach it or pass another name=..."
+        )
+    taken = [
+        n
+        for n, m in linear_layers(model).items()
+        if hasattr(m, "adapters") and not isinstance(m, chain.Adapted)
+    ]
+    if taken:
+        raise IntarsiaError(
+            f"{taken[0]} has an attribute 'adapters' already; another adapter library holds this model. Unload it first"
+        )
+
+
+def _patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _only(model: nn.Module) -> str:
+    names = attached_names(model)
+    if len(names) != 1:
+        record(model)
+        raise IntarsiaError(f"the model has {len(names)} adapters ({', '.join(names)}); say which: name=...")
+    return names[0]
+
+
+def _linear_weights(model: nn.Module) -> dict[str, nn.Linear]:
+    return {f"{name}.weight": layer for name, layer in linear_layers(model).items()}
+
+
+def _dtype(model: nn.Module, edits: Mapping[str, Any]) -> str:
+    return store.dtype_name(model.get_parameter(next(iter(edits))).dtype)
+
+
+def _source(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    return str(getattr(config, "_name_or_path", "") or "")

@@ -1,0 +1,120 @@
+"""Methods by name: ours, and those of other packages (entry-point group ``intarsia.methods``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from intarsia.errors import IntarsiaError, nearest
+from intarsia.method import Method
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+GROUP = "intarsia.methods"
+
+
+def register(cls: M) -> M:
+    """Class decorator: make a method known under its ``name``. A name that is taken is an error."""
+    taken = _METHODS.get(cls.name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise IntarsiaError(
+            f"the method name {cls.name!r} of {cls.__module__} is taken by {taken.__module__}"
+        )
+    _METHODS[cls.name] = cls
+    return cls
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            register(point.load())
+        except Exception as error:
+            raise IntarsiaError(
+                f"the package {point.dist.name if point.dist else '?'} offers the method {point.name!r}, "
+                f"but loading {point.value} failed: {error}; repair or uninstall that package"
+            ) from error
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every known method, by name, in alphabetical order."""
+    _load_entry_points()
+    return dict(sorted(_METHODS.items()))
+
+
+def find(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        IntarsiaError: for an unknown name, with the nearest known ones.
+    """
+    known = methods()
+    if name not in known:
+        raise IntarsiaError(f"unknown method {name!r}; {nearest(name, known)}")
+    return known[name]
+
+
+def build(config: str | Mapping[str, Any]) -> Method:
+    """A method from its plain config, ``{"name": "shira", "density": 0.01}`` or just ``"shira"``.
+
+    Raises:
+        IntarsiaError: for an unknown name or field (with the nearest), a wrong type, or a value out of range.
+    """
+    if isinstance(config, str):
+        config = {"name": config}
+    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
+        raise IntarsiaError(f"a method is given as {{name: ..., field: value}}; found {config!r}")
+    cls = find(config["name"])
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "name":
+            continue
+        if key not in fields:
+            raise IntarsiaError(f"{cls.name} has no field {key!r}; {nearest(key, fields)}")
+        values[key] = _fit(cls.name, fields[key], value)
+    return cls(**values)
+
+
+def _fit(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value in the field's type; text from a command line or from YAML (``2e-3``) becomes a number."""
+    kinds = _type_names(field.type)
+    if "Method" in kinds:
+        return build(value)
+    if (isinstance(value, str) and "str" not in kinds) or (
+        isinstance(value, str) and kinds & {"float", "int"}
+    ):
+        value = _number(value, kinds)
+    found = "None" if value is None else type(value).__name__
+    if found == "int" and "float" in kinds and "int" not in kinds:
+        return float(value)
+    if found not in kinds:
+        raise IntarsiaError(
+            f"{method}: {field.name}={value!r} is a {found}; expected {' or '.join(sorted(kinds))}"
+        )
+    return value
+
+
+def _type_names(annotation: Any) -> set[str]:
+    """{"float", "None"} of ``float | None``, given as a type or, under postponed evaluation, as text."""
+    if isinstance(annotation, str):
+        return {part.strip() for part in annotation.split("|")}
+    kinds = typing.get_args(annotation) or (annotation,)
+    return {"None" if kind is type(None) else kind.__name__ for kind in kinds}
+
+
+def _number(text: str, kinds: set[str]) -> Any:
+    if "bool" in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind, make in (("int", int), ("float", float)):
+        if kind in kinds:
+            try:
+                return make(text)
+            except ValueError:
+                continue
+    return text

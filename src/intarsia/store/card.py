@@ -1,0 +1,62 @@
+"""The model card: a README.md that says what an adapter is, what it changes and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from intarsia.store.adapter import Adapter
+
+
+def card(head: Mapping[str, Any], adapter: Adapter) -> str:
+    """Markdown with the front matter that model hubs read."""
+    base, method = head["base"], dict(head["method"])
+    name = method.pop("name", "?")
+    share = adapter.touched / adapter.size if adapter.size else 0.0
+    fields = "".join(f"| {key} | `{value}` |\n" for key, value in method.items())
+    notes = "".join(f"| {key} | {_show(value)} |\n" for key, value in head["note"].items())
+    about = "".join(f"| {key} | `{value}` |\n" for key, value in head["about"].items())
+    front = (
+        f"base_model: {base['source']}\n"
+        if "/" in base["source"] and not base["source"].startswith(("/", "."))
+        else ""
+    )
+    return f"""---
+library_name: intarsia
+tags: [intarsia, adapter, {name}]
+{front}---
+
+# {head["name"]}
+
+A **{name}** adapter for `{base["source"] or "an unnamed base"}`. It edits {len(adapter.edits)} weights and changes up to
+{adapter.touched:,} of their {adapter.size:,} entries ({share:.2%}), in {adapter.bytes / 1e6:.2f} MB.
+
+```python
+import intarsia as ia
+
+deck = ia.Deck(model)          # the base named above
+deck.add("{head["name"]}")     # this folder
+deck.use("{head["name"]}")
+deck.off()                     # the base again, to the bit
+```
+
+| made with | |
+|---|---|
+| method | `{name}` |
+{fields}{about}
+| base | |
+|---|---|
+| source | `{base["source"]}` |
+| dtype | `{base["dtype"]}` |
+| SHA-256 | `{base["digest"]}` |
+
+| adapter | |
+|---|---|
+| SHA-256 | `{head["digest"]}` |
+| written by | {head["written_by"]}, {head["created"]} |
+{notes}"""
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value}"

@@ -1,0 +1,31 @@
+"""Digests: SHA-256 of tensors and of whole models, over their very bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and little-endian bytes, as hex."""
+    whole = tensor.detach().cpu().contiguous()
+    head = f"{str(whole.dtype).removeprefix('torch.')}{list(whole.shape)}".encode()
+    state = hashlib.sha256(head)
+    if whole.numel():
+        state.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named tensors, whatever their order, as hex."""
+    return json_digest(sorted((name, tensor_digest(tensor)) for name, tensor in named))
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a plain JSON value in its canonical spelling, as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

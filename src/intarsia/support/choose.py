@@ -1,0 +1,70 @@
+"""Choosing a support: granularity x scorer x count -> sorted unit indices, the same on every device and thread count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from intarsia.errors import IntarsiaError
+from intarsia.method import Start
+from intarsia.site import Site
+from intarsia.support.granularity import Granularity, Shape
+from intarsia.support.permutation import sample
+from intarsia.support.scorers import SCORERS
+
+
+def choose(
+    granularity: type[Granularity], scorer: str, count: int, site: Site, start: Start, offset: int = 0
+) -> Tensor:
+    """``count`` units of the weight. -> (count,) sorted int64, on the weight's device.
+
+    Raises:
+        IntarsiaError: when a score is not a number (a broken base or calibration).
+    """
+    if scorer == "random":
+        index = sample(granularity.units(site.shape), count, start.key)
+    elif scorer == "struct":
+        index = struct(site.shape, count, offset)
+    else:
+        scores = granularity.reduce(SCORERS[scorer](site, start))
+        if not scores.isfinite().all():
+            raise IntarsiaError(
+                f"{site.name}: the scorer {scorer!r} gave scores that are not finite; check the base and the calibration data"
+            )
+        index = top(scores, count)
+    return index.to(site.weight.device)
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """The indices of the ``count`` largest scores, sorted; equal scores go to the lower index. (n,) -> (count,)."""
+    # topk breaks ties as it likes, and a bf16 weight has thousands of equal magnitudes at the threshold.
+    threshold = scores.topk(count).values[-1]
+    above = (scores > threshold).nonzero().squeeze(1)
+    level = (scores == threshold).nonzero().squeeze(1)[: count - len(above)]
+    return torch.cat([above, level]).sort().values
+
+
+def struct(shape: Shape, count: int, offset: int = 0) -> Tensor:
+    """SHiRA-Struct: the main diagonal, then evenly spaced whole rows from ``offset``, ``count`` entries exactly.
+
+    The paper sets the spacing f, and the count follows; here the count is given, as for every other scorer: the last
+    row is filled from the left as far as the count goes. A count below the diagonal's takes its first entries.
+    """
+    rows, columns = shape
+    diagonal = torch.arange(min(rows, columns, count)) * (columns + 1)
+    left = count - len(diagonal)
+    wanted = (
+        -(-left // columns) + 1
+    )  # one more than whole rows: the diagonal entries in them are taken already
+    spacing = max(1, rows // wanted)
+    order = [(offset + i * spacing) % rows for i in range(rows // spacing)]
+    order += [r for r in range(rows) if r not in set(order)]
+    picked = [diagonal]
+    for row in order:
+        if left <= 0:
+            break
+        entries = torch.arange(columns) + row * columns
+        entries = entries[~torch.isin(entries, diagonal)][:left]
+        picked.append(entries)
+        left -= len(entries)
+    return torch.cat(picked).sort().values
