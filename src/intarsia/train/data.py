@@ -138,9 +138,7 @@ def _turns(fields: dict[str, Any]) -> list[dict[str, str]]:
     turns = []
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict):
-            raise BadRow(
-                "a message is not a mapping with 'role' and 'content'", f"message {i}: {_say(message)}"
-            )
+            raise BadRow("a message is not a mapping with 'role' and 'content'", f"message {i}: {_say(message)}")
         try:
             role, content = _words(message, "role"), _words(message, "content")
         except BadRow as bad:
@@ -177,9 +175,7 @@ def _chat_pieces(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
             continue
         before, after = render(i, True), render(i + 1, False)
         if not (after.startswith(before) and full.startswith(after) and len(before) >= at):
-            raise BadRow(
-                "the chat template shows earlier turns differently later on", "give rows of a single answer"
-            )
+            raise BadRow("the chat template shows earlier turns differently later on", "give rows of a single answer")
         answer = after[len(before) :]
         # What a template writes after its end-of-turn token (mostly a newline) is never generated, so not
         # trained.
@@ -188,9 +184,7 @@ def _chat_pieces(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
         at = len(before) + len(ending)
     if not pieces[-1][0].endswith(special):
         pieces.append((str(tokenizer.eos_token or ""), True))
-    return [
-        piece for piece in pieces if piece[0]
-    ]  # the rest of the text, after the last answer, teaches nothing
+    return [piece for piece in pieces if piece[0]]  # the rest of the text, after the last answer, teaches nothing
 
 
 def _alpaca(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
@@ -198,9 +192,7 @@ def _alpaca(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
     context = _words(fields, "input", optional=True)
     if tokenizer.chat_template:
         user = f"{instruction}\n\n{context}" if context.strip() else instruction
-        return _chat_pieces(
-            [{"role": "user", "content": user}, {"role": "assistant", "content": output}], tokenizer
-        )
+        return _chat_pieces([{"role": "user", "content": user}, {"role": "assistant", "content": output}], tokenizer)
     prompt = ALPACA.format(
         instruction=instruction,
         with_input=", paired with an input that provides further context" if context.strip() else "",
@@ -243,9 +235,7 @@ def find_format(rows: Sequence[Row], path: str | Path) -> str:
     fields = [row.fields for row in rows if isinstance(row.fields, dict)]
     if not fields:
         return "text"  # nothing readable: the error to come is about the rows, not about their shape
-    score = {
-        name: sum(all(f in row for f in shape.needs) for row in fields) for name, shape in SHAPES.items()
-    }
+    score = {name: sum(all(f in row for f in shape.needs) for row in fields) for name, shape in SHAPES.items()}
     best = max(score, key=lambda name: score[name])
     if not score[best]:
         found = sorted({name for row in fields for name in row})
@@ -303,7 +293,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         if repeated:
             raise IntarsiaError(f"{path}: the header names {', '.join(map(repr, repeated))} more than once")
         for fields in reader:
-            extra = fields.pop(None, None)  # type: ignore[call-overload]
+            extra = fields.pop(None, None)
             values = [value for value in fields.values() if value is not None]
             problem = "more values than the header has" if extra else "fewer values than the header has"
             broken = bool(extra) or len(values) < len(fields)
@@ -358,9 +348,7 @@ def read_rows(path: str | Path) -> list[Row]:
 # --- encoding -----------------------------------------------------------------------------------------------
 
 
-def encode(
-    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *, bos: bool
-) -> tuple[list[int], list[int]]:
+def encode(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, *, bos: bool) -> tuple[list[int], list[int]]:
     """Token ids and labels of a row. ``bos``: begin with the beginning token if the tokenizer does so itself.
 
     Every piece begins on a token of its own, so that the tokens before an answer are those of the prompt
@@ -387,9 +375,7 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
-def encode_row(
-    row: Row, shape: Shape, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[Example, bool]:
+def encode_row(row: Row, shape: Shape, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Example, bool]:
     """One row as an example, and whether its end was cut off. Raises BadRow."""
     if isinstance(row.fields, BadRow):
         raise row.fields
@@ -400,9 +386,7 @@ def encode_row(
     if not example.trained:
         if len(ids) > max_length:
             before = next(i for i, label in enumerate(labels) if label != IGNORED)
-            raise BadRow(
-                f"answer cut off entirely by max_length={max_length}", f"{before} tokens stand before it"
-            )
+            raise BadRow(f"answer cut off entirely by max_length={max_length}", f"{before} tokens stand before it")
         raise BadRow("nothing to train: a single token")
     return example, len(ids) > max_length
 
