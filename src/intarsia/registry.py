@@ -1,4 +1,8 @@
-"""Methods by name: ours, and those of other packages (entry-point group ``intarsia.methods``)."""
+"""Methods by name: ours, and those of other packages (entry-point group ``intarsia.methods``).
+
+A *variant* is a method under a further name with some fields set: rsLoRA is LoRA with another scaling. It is data, not
+a class; what is built, saved and shown later is the method itself.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import functools
 import importlib.metadata
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from intarsia.errors import IntarsiaError, nearest
@@ -18,13 +23,30 @@ M = TypeVar("M", bound=type[Method])
 GROUP = "intarsia.methods"
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A named setting of a method: ``build({"name": name, ...})`` builds ``method`` with these fields."""
+
+    name: str
+    method: str
+    title: str
+    formula: str
+    paper: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+_VARIANTS = {
+    "rslora": Variant(
+        "rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}
+    )
+}
+
+
 def register(cls: M) -> M:
     """Class decorator: make a method known under its ``name``. A name that is taken is an error."""
     taken = _METHODS.get(cls.name)
     if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise IntarsiaError(
-            f"the method name {cls.name!r} of {cls.__module__} is taken by {taken.__module__}"
-        )
+        raise IntarsiaError(f"the method name {cls.name!r} of {cls.__module__} is taken by {taken.__module__}")
     _METHODS[cls.name] = cls
     return cls
 
@@ -47,16 +69,22 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(_METHODS.items()))
 
 
+def variants() -> dict[str, Variant]:
+    """Every named variant whose method is known, by name, in alphabetical order."""
+    known = methods()
+    return {name: v for name, v in sorted(_VARIANTS.items()) if v.method in known and name not in known}
+
+
 def find(name: str) -> type[Method]:
-    """The method of that name.
+    """The method of that name; for a variant, the method that it is a setting of.
 
     Raises:
         IntarsiaError: for an unknown name, with the nearest known ones.
     """
-    known = methods()
-    if name not in known:
-        raise IntarsiaError(f"unknown method {name!r}; {nearest(name, known)}")
-    return known[name]
+    known, named = methods(), variants()
+    if name not in known and name not in named:
+        raise IntarsiaError(f"unknown method {name!r}; {nearest(name, [*known, *named])}")
+    return known[named[name].method if name in named else name]
 
 
 def build(config: str | Mapping[str, Any]) -> Method:
@@ -70,13 +98,19 @@ def build(config: str | Mapping[str, Any]) -> Method:
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
         raise IntarsiaError(f"a method is given as {{name: ..., field: value}}; found {config!r}")
     cls = find(config["name"])
+    variant = variants().get(config["name"])
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(variant.fields) if variant else {}
     for key, value in config.items():
         if key == "name":
             continue
         if key not in fields:
             raise IntarsiaError(f"{cls.name} has no field {key!r}; {nearest(key, fields)}")
+        if variant and key in variant.fields:
+            raise IntarsiaError(
+                f"{variant.name} is {cls.name} with {key}={variant.fields[key]!r}, so {key} cannot be given; "
+                f"leave it out, or name the method {cls.name!r}"
+            )
         values[key] = _fit(cls.name, fields[key], value)
     return cls(**values)
 
@@ -86,17 +120,13 @@ def _fit(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
     kinds = _type_names(field.type)
     if "Method" in kinds:
         return build(value)
-    if (isinstance(value, str) and "str" not in kinds) or (
-        isinstance(value, str) and kinds & {"float", "int"}
-    ):
+    if (isinstance(value, str) and "str" not in kinds) or (isinstance(value, str) and kinds & {"float", "int"}):
         value = _number(value, kinds)
     found = "None" if value is None else type(value).__name__
     if found == "int" and "float" in kinds and "int" not in kinds:
         return float(value)
     if found not in kinds:
-        raise IntarsiaError(
-            f"{method}: {field.name}={value!r} is a {found}; expected {' or '.join(sorted(kinds))}"
-        )
+        raise IntarsiaError(f"{method}: {field.name}={value!r} is a {found}; expected {' or '.join(sorted(kinds))}")
     return value
 
 
