@@ -56,9 +56,11 @@ class State(nn.Module):
         return Tensors(self.tensors(), self.shape)
 
     def cast(self, dtype: torch.dtype) -> Tensors:
-        """p in one floating dtype, so that no method ever meets two."""
+        """p in one floating dtype, so that no method ever meets two it did not ask for."""
+        wide = self.method.stays_wide()
         return Tensors(
-            {k: t.to(dtype) if t.is_floating_point() else t for k, t in self.tensors().items()}, self.shape
+            {k: t.to(dtype) if t.is_floating_point() and k not in wide else t for k, t in self.tensors().items()},
+            self.shape,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> State:
@@ -154,7 +156,7 @@ class Adapted:
 
 
 @functools.cache
-def adapted(cls: type[nn.Module]) -> type[nn.Module]:
+def adapted(cls: Any) -> type[nn.Module]:
     """cls with a chain of adapters on top: a subclass, so the layer keeps its identity, its keys and isinstance(cls)."""
 
     def base_forward(self: Any, x: Tensor) -> Tensor:
@@ -253,9 +255,13 @@ def base_weight(layer: Any) -> Tensor:
     return weight
 
 
-def _write_stale(*_: Any) -> None:
+def _write_stale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Some optimizers write through parameter.data, which no version counter sees.
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(_ADAPTED):
-        if layer.live is not None and versions(layer) != layer.written:
+        if layer.live is None:
+            continue
+        if id(layer.adapters[layer.live].values) in stepped or versions(layer) != layer.written:
             write(layer)
 
 
@@ -269,6 +275,18 @@ def transaction(layers: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for layer, active, live in before:
-            set_active(layer, active, live)
+        give_back(before)
         raise
+
+
+def give_back(before: Sequence[tuple[Any, tuple[str, ...], bool]]) -> None:
+    """Make (layer, active, live) true again on every layer; an interrupt in the middle leaves none behind."""
+    failed = []
+    for layer, active, live in before:
+        try:
+            set_active(layer, active, live)
+        except BaseException as error:
+            failed.append(error)
+            set_active(layer, active, live)
+    if failed:
+        raise failed[0]

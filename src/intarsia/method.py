@@ -101,6 +101,10 @@ class Method(ABC):
     def trained_count(self, shape: tuple[int, int]) -> int:
         """Trained numbers at a weight of this (O, I)."""
 
+    def stays_wide(self) -> frozenset[str]:
+        """Tensors of the state that ``p`` keeps as they are stored, because x's dtype would lose what was trained."""
+        return frozenset()
+
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""
         return None

@@ -223,9 +223,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     try:
         for layer in layers.values():
             device = layer.weight.device
-            layer.rows = tuple(
-                (() if n is None else (n,), torch.tensor(r, device=device)) for n, r in groups.items()
-            )
+            layer.rows = tuple((() if n is None else (n,), torch.tensor(r, device=device)) for n, r in groups.items())
             layer.row_count = len(names)
             for name, state in layer.adapters.items():
                 state.requires_grad_(name in groups)
@@ -270,27 +268,19 @@ def states(model: nn.Module, name: str) -> dict[str, chain.State]:
     """The state of an adapter at each of its sites."""
     if name not in record(model).adapters:
         raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, record(model).adapters)}")
-    return {
-        site: layer.adapters[name]
-        for site, layer in chain.adapted_layers(model).items()
-        if name in layer.adapters
-    }
+    return {site: layer.adapters[name] for site, layer in chain.adapted_layers(model).items() if name in layer.adapters}
 
 
 def digest(model: nn.Module) -> str:
     """SHA-256 over all weights of the base, as hex: adapters on the model, live ones too, do not count."""
     with _base_bits(model):
-        return store.weights_digest(
-            (k, t) for k, t in model.state_dict().items() if ".adapters." not in f".{k}"
-        )
+        return store.weights_digest((k, t) for k, t in model.state_dict().items() if ".adapters." not in f".{k}")
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter, supports included, by ``<site>/<tensor>``; for training checkpoints."""
     return {
-        f"{site}/{k}": t.detach()
-        for site, state in states(model, name).items()
-        for k, t in state.tensors().items()
+        f"{site}/{k}": t.detach() for site, state in states(model, name).items() for k, t in state.tensors().items()
     }
 
 
@@ -300,9 +290,7 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
     Raises:
         IntarsiaError: listing every missing, extra or misshapen tensor.
     """
-    wanted = {
-        f"{site}/{k}": t for site, state in states(model, name).items() for k, t in state.tensors().items()
-    }
+    wanted = {f"{site}/{k}": t for site, state in states(model, name).items() for k, t in state.tensors().items()}
     faults = [f"missing {k}" for k in sorted(wanted.keys() - saved.keys())]
     faults += [f"unexpected {k}" for k in sorted(saved.keys() - wanted.keys())]
     faults += [
@@ -434,16 +422,16 @@ def _free(model: nn.Module) -> None:
 
 @contextmanager
 def _base_bits(model: nn.Module) -> Iterator[None]:
-    """Within the block the weights are the base's; afterwards the same adapters are active again, to the bit."""
-    layers = [layer for layer in chain.adapted_layers(model).values() if layer.live is not None]
-    before = [(layer, layer.active) for layer in layers]
+    """Within the block the model is the base; afterwards the same adapters are active again, to the bit."""
+    before = [
+        (layer, layer.active, layer.live is not None) for layer in chain.adapted_layers(model).values() if layer.active
+    ]
     try:
-        for layer in layers:
+        for layer, _, _ in before:
             chain.set_active(layer, ())
         yield
     finally:
-        for layer, active in before:
-            chain.set_active(layer, active)
+        chain.give_back(before)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -452,14 +440,8 @@ def _check_name(model: nn.Module, name: str) -> None:
             f"an adapter cannot be named {name!r}: a name is not empty and has no dot or slash; pass name=..."
         )
     if name in attached_names(model):
-        raise IntarsiaError(
-            f"an adapter named {name!r} is attached already; detach it or pass another name=..."
-        )
-    taken = [
-        n
-        for n, m in linear_layers(model).items()
-        if hasattr(m, "adapters") and not isinstance(m, chain.Adapted)
-    ]
+        raise IntarsiaError(f"an adapter named {name!r} is attached already; detach it or pass another name=...")
+    taken = [n for n, m in linear_layers(model).items() if hasattr(m, "adapters") and not isinstance(m, chain.Adapted)]
     if taken:
         raise IntarsiaError(
             f"{taken[0]} has an attribute 'adapters' already; another adapter library holds this model. Unload it first"

@@ -32,6 +32,10 @@ class Rescale(Method):
     def needs_gradient(self) -> bool:
         return self.inside().needs_gradient()
 
+    def stays_wide(self) -> frozenset[str]:
+        # In bfloat16 a length could not change by less than 1/256, and m/c would not be 1 at the start.
+        return self.inside().stays_wide() | {"magnitude"}
+
     def trained_count(self, shape: tuple[int, int]) -> int:
         return self.inside().trained_count(shape) + shape[0]
 
@@ -59,8 +63,6 @@ class Rescale(Method):
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
         if not isinstance(edit, Rescaled):
-            raise IntarsiaError(
-                f"{site.name}: the file has a {edit.kind} edit; {self.name} needs a rescaled one"
-            )
+            raise IntarsiaError(f"{site.name}: the file has a {edit.kind} edit; {self.name} needs a rescaled one")
         wide = torch.promote_types(site.weight.dtype, torch.float32)
-        return self.inside().restore(edit.inner, site) | {"magnitude": nn.Parameter(edit.magnitude.to(wide))}
+        return self.inside().restore(edit.inner, site) | {"magnitude": nn.Parameter(edit.magnitude.to(wide, copy=True))}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from intarsia.edits import SPARSE, Edit
 from intarsia.edits import Sparse as SparseEdit
@@ -50,6 +51,10 @@ class Sparse(Delta):
     def trains_weights(self) -> bool:
         """Whether the state holds the trained weights (divided by the scale) instead of their change."""
         return False
+
+    def stays_wide(self) -> frozenset[str]:
+        # The change is small beside the weights it may be the difference of.
+        return frozenset({"values", "start"})
 
     def trained_count(self, shape: Shape) -> int:
         return self.units(shape) * self.granularity_type().size(shape)
@@ -84,9 +89,9 @@ class Sparse(Delta):
         return self.granularity_type().scatter(p.shape, p.index, self.change(p))
 
     def branch(self, p: Any, x: Tensor) -> Tensor:
-        cast = _autocast_dtype(x)
-        x, change = (x, self.change(p)) if cast is None else (x.to(cast), self.change(p).to(cast))
-        return _Branch.apply(x, change, p.index, self.granularity_type(), p.shape)  # type: ignore[no-any-return]
+        x = x.to(_autocast_dtype(x) or x.dtype)
+        change = self.change(p).to(x.dtype)
+        return _Branch.apply(x, change, p.index, self.granularity_type(), p.shape)  # type: ignore[no-any-return, no-untyped-call]
 
     def live(self, p: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Forward with a weight that holds the values already. (..., I) -> (..., O)."""
@@ -94,7 +99,7 @@ class Sparse(Delta):
         if cast is not None:
             x, b = x.to(cast), None if b is None else b.to(cast)
         scale = self.scale_at(p.shape)
-        return _Live.apply(x, W, b, p.values, p.index, self.granularity_type(), scale, cast is not None)  # type: ignore[no-any-return]
+        return _Live.apply(x, W, b, p.values, p.index, self.granularity_type(), scale, cast is not None)  # type: ignore[no-any-return, no-untyped-call]
 
     def edit(self, p: Any) -> Edit:
         kind = SPARSE[self.granularity_type().name]
@@ -161,13 +166,14 @@ class _Live(torch.autograd.Function):
         return F.linear(x, W.to(x.dtype) if cast else W, b)
 
     @staticmethod
+    @once_differentiable  # what is kept has no graph, so a second derivative would be wrong without a word
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         kept, W, index = ctx.saved_tensors
         gx = gy @ W.to(gy.dtype) if ctx.needs_input_grad[0] else None
         gv = None
         if ctx.needs_input_grad[3]:
             gv = ctx.granularity.gradient(gy, kept, index).to(ctx.dtype) * ctx.scale
-        gb = gy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        gb = gy.reshape(-1, gy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return gx, None, gb, gv, None, None, None, None
 
 
@@ -183,6 +189,7 @@ class _Branch(torch.autograd.Function):
         return F.linear(x, granularity.scatter(shape, index, change))
 
     @staticmethod
+    @once_differentiable  # what is kept has no graph, so a second derivative would be wrong without a word
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         kept, change, index = ctx.saved_tensors
         gx = gy @ ctx.granularity.scatter(ctx.shape, index, change) if ctx.needs_input_grad[0] else None

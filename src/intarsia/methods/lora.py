@@ -71,4 +71,4 @@ class Lora(Delta):
                 f"{site.name}: the file has rank {edit.A.shape[0]} and scale {edit.scale}; its own config says {self}"
             )
         wide = torch.promote_types(site.weight.dtype, torch.float32)
-        return {k: nn.Parameter(t.to(wide)) for k, t in edit.tensors().items()}
+        return {k: nn.Parameter(t.to(wide, copy=True)) for k, t in edit.tensors().items()}

@@ -53,12 +53,11 @@ def struct(shape: Shape, count: int, offset: int = 0) -> Tensor:
     rows, columns = shape
     diagonal = torch.arange(min(rows, columns, count)) * (columns + 1)
     left = count - len(diagonal)
-    wanted = (
-        -(-left // columns) + 1
-    )  # one more than whole rows: the diagonal entries in them are taken already
+    wanted = -(-left // columns) + 1  # one more than whole rows: the diagonal entries in them are taken already
     spacing = max(1, rows // wanted)
     order = [(offset + i * spacing) % rows for i in range(rows // spacing)]
-    order += [r for r in range(rows) if r not in set(order)]
+    taken = set(order)
+    order += [r for r in range(rows) if r not in taken]
     picked = [diagonal]
     for row in order:
         if left <= 0:

@@ -44,6 +44,11 @@ class Granularity(Protocol):
     def gradient(gy: Tensor, kept: Tensor, index: Tensor) -> Tensor: ...
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """(..., n) -> (T, n), a single token without a batch too."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class Element:
     """Single entries. index: flat positions row * I + column; values (k,)."""
 
@@ -84,7 +89,7 @@ class Element:
     @staticmethod
     def gradient(gy: Tensor, kept: Tensor, index: Tensor) -> Tensor:
         # One layer's dense product, transient: only the k gathered entries outlive this line.
-        return (gy.flatten(0, -2).mT @ kept.flatten(0, -2)).view(-1).index_select(0, index)
+        return (_tokens(gy).mT @ _tokens(kept)).view(-1).index_select(0, index)
 
 
 class Column:
@@ -126,7 +131,7 @@ class Column:
 
     @staticmethod
     def gradient(gy: Tensor, kept: Tensor, index: Tensor) -> Tensor:
-        return gy.flatten(0, -2).mT @ kept.flatten(0, -2)
+        return _tokens(gy).mT @ _tokens(kept)
 
 
 GRANULARITIES: dict[str, type[Granularity]] = {g.name: g for g in (Element, Column)}

@@ -1,0 +1,927 @@
+"""The contract: the laws that every method keeps, each written once and run over every registered method.
+
+For a method of one's own, in its tests or with ``intarsia check my_module:MyMethod``:
+
+    from intarsia import contract
+    for result in contract.check(MyMethod):
+        print(result)
+
+A law is a function of a method that raises :class:`Broken` where the promise in its docstring does not hold. It uses a
+net of three small layers (24 x 16, 16 x 24, 24 x 16) on the CPU, and the state is stirred before anything is compared,
+because at the start, where nothing has been learned, most mistakes cannot be seen. A method that declares in
+``expected`` that a law does not hold is taken at its word: it is an error when that law does hold.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import importlib
+import inspect
+import json
+import pickle
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from intarsia import chain, registry, store
+from intarsia import model as models
+from intarsia.deck import Deck
+from intarsia.edits import Sparse as SparseEdit
+from intarsia.errors import IntarsiaError
+from intarsia.forms import Sparse
+from intarsia.method import Method, Start
+from intarsia.site import Site
+
+Law = Callable[[Method], None]
+
+LAWS: dict[str, Law] = {}
+LAYERS = ("up", "down", "again")  # 24 x 16, 16 x 24, and 24 x 16 once more: two layers of one shape
+EXACT = 1e-10  # float64: the order of summation may differ, the mathematics may not
+CLOSE = 2e-5  # float32, values of about 1 through three layers
+
+
+class Broken(AssertionError):
+    """A law does not hold. The message says what was found."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one law found in one setting of a method.
+
+    Attributes:
+        state: ``holds``, ``broken``, or ``expected`` where the method declares that the law does not hold.
+        note: what was found, or the declared reason.
+    """
+
+    law: str
+    method: dict[str, Any]
+    state: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:8}  {self.law}  {json.dumps(self.method)}" + (
+            f"\n          {self.note}" if self.note else ""
+        )
+
+
+def check(subject: str | Method | type[Method], laws: Sequence[str] | None = None) -> list[Result]:
+    """Every law for a method: an instance, a class (all of its ``small`` settings), or ``"module:Class"``.
+
+    Raises:
+        IntarsiaError: for a subject that cannot be found or is no method, and for an unknown law.
+    """
+    wanted = list(LAWS) if laws is None else list(laws)
+    if unknown := [law for law in wanted if law not in LAWS]:
+        raise IntarsiaError(f"unknown law {unknown[0]!r}; known: {', '.join(LAWS)}")
+    return [judge(law, method) for method in settings(subject) for law in wanted]
+
+
+def settings(subject: str | Method | type[Method]) -> list[Method]:
+    """The settings that the contract runs. See :func:`check`."""
+    found = _find(subject) if isinstance(subject, str) else subject
+    if isinstance(found, Method):
+        return [found]
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise IntarsiaError(
+            f"{subject} is {found!r}; expected a method: a frozen dataclass that derives from intarsia.Method"
+        )
+    return [found(**small) for small in found.small]
+
+
+def judge(law: str, method: Method) -> Result:
+    """One law for one method, with the method's own ``expected`` honoured strictly."""
+    reason = method.expected.get(law)
+    try:
+        LAWS[law](method)
+    except Exception as error:
+        if reason is not None:
+            return Result(law, method.config(), "expected", reason)
+        what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
+        return Result(law, method.config(), "broken", what)
+    if reason is not None:
+        return Result(law, method.config(), "broken", f"it holds, but expected says {reason!r}; remove that entry")
+    return Result(law, method.config(), "holds")
+
+
+def _find(spec: str) -> Any:
+    if spec in registry.methods():
+        return registry.find(spec)
+    module, colon, name = spec.partition(":")
+    if not colon:
+        raise IntarsiaError(
+            f"{spec!r} is no registered method; give module:Class, for example my_package.my_module:MyMethod"
+        )
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise IntarsiaError(f"{spec}: {error}") from error
+
+
+def law(function: Law) -> Law:
+    """Decorator: make a function of a method a law, under its name with spaces for underscores."""
+    LAWS[function.__name__.replace("_", " ")] = function
+    return function
+
+
+# ------------------------------------------------------------------ what the laws share
+def _net(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(16, 24, bias), nn.Linear(24, 16, bias), nn.Linear(16, 24, bias)]
+    net = nn.Sequential()
+    for name, layer in zip(LAYERS, layers, strict=True):
+        net.add_module(name, layer)
+        net.add_module(f"tanh_{name}", nn.Tanh())
+    return net.to(dtype)
+
+
+def _input(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4, 3, 16), seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    y: Tensor = model(batch)
+    return (y.double() - 0.3).square().mean()
+
+
+def _attach(model: nn.Module, method: Method, name: str = "default", seed: int = 0, **more: Any) -> None:
+    dtype = next(p.dtype for p in model.parameters())
+    given: dict[str, Any] = {"data": [_input(dtype)], "loss": _loss} | more
+    models.attach(model, method, name=name, seed=seed, **given)
+
+
+def _stir(model: nn.Module, name: str = "default", seed: int = 0) -> None:
+    """Move every trained number of an adapter, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for state in models.states(model, name).values():
+            for parameter in state.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    models.sync(model)
+
+
+def _adapted(method: Method, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
+    """A net with a stirred adapter of the method on all of its layers."""
+    model = _net(dtype, bias)
+    _attach(model, method)
+    _stir(model)
+    return model
+
+
+def _bits(tensors: dict[str, Tensor]) -> str:
+    return store.weights_digest(tensors.items())
+
+
+def _promise(holds: bool, broken: str) -> None:
+    if not holds:
+        raise Broken(broken)
+
+
+def _same(found: Tensor, expected: Tensor, what: str) -> None:
+    _promise(found.dtype == expected.dtype, f"{what}: found {found.dtype}, expected {expected.dtype}")
+    _promise(
+        torch.equal(found, expected), f"{what}: differs by up to {_worst(found, expected):.3g}, expected the same bits"
+    )
+
+
+def _near(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    _promise(found.shape == expected.shape, f"{what}: found {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    worst = _worst(found, expected)
+    bound = tolerance * max(1.0, float(expected.detach().abs().max()) if expected.numel() else 0.0)
+    _promise(worst <= bound, f"{what}: differs by up to {worst:.3g}, expected at most {bound:.3g}")
+
+
+def _gradient(parameter: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    if parameter.grad is None:
+        raise Broken(f"{what}: there is none")
+    _near(parameter.grad, expected, tolerance, what)
+
+
+def _worst(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape or not found.numel():
+        return 0.0 if found.shape == expected.shape else float("inf")
+    worst = float((found.detach().double() - expected.detach().double()).abs().max())
+    return float("inf") if worst != worst else worst  # NaN is as far off as can be
+
+
+def _refused(call: Callable[[], object], what: str, *words: str) -> None:
+    """The call is an IntarsiaError that says these words."""
+    try:
+        call()
+    except IntarsiaError as error:
+        missing = [word for word in words if word not in str(error)]
+        _promise(not missing, f"{what}: the error does not name {', '.join(missing)}: {error}")
+        return
+    raise Broken(f"{what}: accepted, expected an IntarsiaError")
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that a failure must leave as it was."""
+    return {
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "trains": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+        "bits": _bits(model.state_dict()),
+        "active": models.active_names(model),
+    }
+
+
+def _unchanged(model: nn.Module, before: dict[str, Any], what: str) -> None:
+    after = _snapshot(model)
+    for part in before.keys() - {"gradients"}:
+        _promise(after[part] == before[part], f"{what}: {part} changed from {before[part]} to {after[part]}")
+    for name, gradient in before["gradients"].items():
+        found = after["gradients"][name]
+        same = found is gradient if gradient is None or found is None else torch.equal(found, gradient)
+        _promise(same, f"{what}: the gradient of {name} changed")
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="intarsia-") as folder:
+        yield Path(folder)
+
+
+def _sparse(method: Method) -> bool:
+    return isinstance(method, Sparse)
+
+
+def _set_live(model: nn.Module, live: bool) -> None:
+    """Compute the active adapters with or without live weights."""
+    for layer in chain.adapted_layers(model).values():
+        chain.set_active(layer, layer.active, live)
+
+
+def _site(name: str, dtype: torch.dtype = torch.float32) -> Site:
+    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
+    return Site(name, weight, None)
+
+
+def _init(method: Method, name: str, seed: int) -> dict[str, Tensor]:
+    gradient = torch.randn(24, 16, generator=torch.Generator().manual_seed(6))
+    state = method.init(_site(name), Start.at(name, seed, gradient if method.needs_gradient() else None))
+    return {key: tensor.detach() for key, tensor in state.items()}
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+# ------------------------------------------------------------------ the laws
+@law
+def starts_as_the_base(method: Method) -> None:
+    """A fresh adapter changes no bit of the output, in fp32, fp64, bf16 and fp16, whichever way it is computed."""
+    if not method.starts_as_identity:
+        return
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        model, x = _net(dtype), _input(dtype)
+        weights = {name: model.get_parameter(f"{name}.weight").clone() for name in LAYERS}
+        before = model(x)
+        _attach(model, method)
+        for live in (True, False):
+            _set_live(model, live)
+            _same(model(x), before, f"output at the start in {dtype}, live={live}")
+        for name, weight in weights.items():
+            _same(
+                model.get_parameter(f"{name}.weight").detach(),
+                weight.detach(),
+                f"{name}.weight at the start in {dtype}",
+            )
+
+
+@law
+def only_the_adapter_trains(method: Method) -> None:
+    """The base gets no gradient, an optimizer step moves every trained tensor, and the base stays equal to the bit:
+    all of it underneath, and outside the support in memory too."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _net(dtype)
+        start = models.digest(model)
+        weights = {name: model.get_parameter(f"{name}.weight").detach().clone() for name in LAYERS}
+        _attach(model, method)
+        _stir(model)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        outside = [name for name in trained if ".adapters." not in name]
+        _promise(not outside, f"{', '.join(outside)} train besides the adapter")
+        before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
+        _loss(model, _input(dtype)).backward()
+        wrong = [n for n, p in model.named_parameters() if p.grad is not None and ".adapters." not in n]
+        _promise(not wrong, f"{', '.join(wrong)} got a gradient besides the adapter")
+        optimizer.step()
+        still = [name for name, parameter in trained.items() if torch.equal(parameter, before[name])]
+        _promise(not still, f"{', '.join(still)} did not move in an optimizer step")
+        for name, state in models.states(model, "default").items():
+            edit = method.edit(state.raw())
+            may = torch.zeros(edit.shape, dtype=torch.bool)
+            if isinstance(edit, SparseEdit):
+                edit.granularity.put(may, edit.index, torch.ones_like(edit.values, dtype=torch.bool))
+            now = model.get_parameter(f"{name}.weight").detach()
+            _same(now[~may], weights[name][~may], f"{name}.weight outside the support after a step in {dtype}")
+        _promise(models.digest(model) == start, f"the digest of the base changed in a step in {dtype}")
+
+
+@law
+def forward_is_the_fold(method: Method) -> None:
+    """The forward is F.linear(x, *fold(W, b)): values and every gradient in float64, with and without bias, for 1-D to 4-D
+    inputs, live and beside the base."""
+    for bias in (True, False):
+        model = _adapted(method, torch.float64, bias)
+        layer: Any = model.get_submodule("up")
+        state = layer.adapters["default"]
+        W, b = chain.base_weight(layer).clone(), layer.bias
+        for shape in ((16,), (5, 16), (2, 3, 16), (2, 1, 3, 16)):
+            x = _input(torch.float64, shape).requires_grad_()
+            gy = _input(torch.float64, (*shape[:-1], 24), seed=2)
+            wanted = [x, *state.parameters()]
+            y = F.linear(x, *method.fold(state.cast(torch.float64), W, b))
+            expected = torch.autograd.grad(y, wanted, gy)
+            for live in (True, False) if _sparse(method) else (True,):
+                _set_live(model, live)
+                where = f"x {tuple(shape)}, bias={bias}, live={live}"
+                found = layer(x)
+                _near(found, y, EXACT, f"forward against fold, {where}")
+                gradients = torch.autograd.grad(found, wanted, gy)
+                names = ["x", *(name for name, _ in state.named_parameters())]
+                for name, gradient, reference in zip(names, gradients, expected, strict=True):
+                    _near(gradient, reference, EXACT, f"gradient of {name}, {where}")
+
+
+@law
+def forward_writes_nothing(method: Method) -> None:
+    """Forward and backward leave every tensor of the model as it was, gradients apart."""
+    model = _adapted(method)
+    before = _bits(model.state_dict())
+    _loss(model, _input()).backward()
+    model.eval()
+    with torch.no_grad():
+        model(_input())
+    _promise(_bits(model.state_dict()) == before, "a forward or backward pass changed a tensor")
+
+
+@law
+def edit_is_the_fold(method: Method) -> None:
+    """The finished edit, which knows no method, does to the weight what the fold does, and its restored state is the same
+    edit to the bit and shares no memory with it."""
+    model = _adapted(method)
+    for name, state in models.states(model, "default").items():
+        layer: Any = model.get_submodule(name)
+        W = chain.base_weight(layer).detach()
+        edit = method.edit(state.raw())
+        folded, _ = method.fold(state.cast(torch.float64), W.double(), None)
+        _near(edit.fold(W.double()), folded, EXACT, f"{name}: edit against fold")
+        kept = {key: tensor.clone() for key, tensor in edit.tensors().items()}
+        restored = chain.State(method, Site(name, W, None), method.restore(edit, Site(name, W, None)))
+        for key, tensor in method.edit(restored.raw()).tensors().items():
+            _same(tensor, kept[key], f"{name}: {key} of the restored edit")
+        shapes = {k: tuple(p.shape) for k, p in restored.named_parameters()}
+        _promise(shapes == {k: tuple(p.shape) for k, p in state.named_parameters()}, f"{name}: restored as {shapes}")
+        with torch.no_grad():
+            for parameter in restored.parameters():
+                parameter.add_(1.0)
+        _promise(_equal(edit.tensors(), kept), f"{name}: training the restored state changes the edit it came from")
+
+
+@law
+def setting_in_agrees(method: Method) -> None:
+    """A deck gives the weight of the fold, rounded once, and with it the output of the unfused forward; taking out gives
+    back the very bits, in fp32, bf16 and fp16, after use, fusion and use again."""
+    if not method.mergeable:
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = _adapted(method, dtype)
+        fused = _net(dtype)
+        start = models.digest(fused)
+        deck = Deck(fused)
+        deck.add(models.export(model, called="a"))
+        deck.add(other=models.export(model, called="b"))
+        deck.use("a")
+        for name, state in models.states(model, "default").items():
+            layer: Any = model.get_submodule(name)
+            W = method.fold(state.raw(), chain.base_weight(layer).double(), None)[0].detach()
+            # Half a unit in the last place for the one rounding, and float32's own error before it.
+            bound = torch.finfo(dtype).eps / 2 * W.abs() + 1e-5 * W.abs().max()
+            found = fused.get_parameter(f"{name}.weight").detach().double()
+            off = float(((found - W).abs() - bound).max())
+            _promise(off <= 0, f"{name}.weight set in is {off:.3g} outside of one rounding of the fold in {dtype}")
+        if dtype == torch.float32:
+            _near(fused(_input()), model(_input()), CLOSE * 10, "output set in against the unfused forward")
+        deck.fuse(a=0.6, other=-0.3)
+        deck.use("other", strength=0.5)
+        deck.off()
+        _promise(models.digest(fused) == start, f"taking out did not give the bits back in {dtype}")
+
+
+@law
+def sums_are_exact(method: Method) -> None:
+    """The fusion of adapters is W + sum of w_i (edit_i(W) - W); for sparse edits exactly, on the union of the supports."""
+    if not method.mergeable:
+        return
+    model, plain = _net(torch.float64), _net(torch.float64)
+    for number, name in enumerate(("a", "b")):
+        _attach(model, method, name, seed=number)
+        _stir(model, name, seed=number)
+    adapters = {name: models.export(model, name) for name in ("a", "b")}
+    weights = {"a": 0.6, "b": -0.3}
+    deck = Deck(plain)
+    for name, adapter in adapters.items():
+        deck.add(**{name: adapter})  # type: ignore[arg-type]  # mypy takes the name for any_base
+    before = {name: plain.get_parameter(f"{name}.weight").detach().clone() for name in LAYERS}
+    deck.fuse(weights)
+    for name, W in before.items():
+        edits = {key: adapter.edits[f"{name}.weight"] for key, adapter in adapters.items()}
+        total = torch.zeros_like(W)
+        for key, edit in edits.items():
+            total += weights[key] * edit.delta(W)
+        found = plain.get_parameter(f"{name}.weight").detach()
+        if all(isinstance(edit, SparseEdit) for edit in edits.values()):
+            _same(found, W + total, f"{name}.weight fused from sparse edits")
+        else:
+            _near(found, W + total, EXACT, f"{name}.weight fused")
+
+
+@law
+def failures_leave_no_trace(method: Method) -> None:
+    """An attach, load, activation or switch that fails at any layer leaves the model as it was, to the bit."""
+    model = _net()
+    (model.get_submodule("down")).requires_grad_(False)
+    model.get_submodule("up").eval()
+    _loss(model, _input()).backward()
+    for already in (False, True):
+        if already:
+            _attach(model, method, "first")
+            _stir(model, "first")
+            _loss(model, _input()).backward()
+        before = _snapshot(model)
+        _refused(lambda: _attach(model, method, "second", targets=["up", "dwon"]), "a misspelt target", "dwon", "down")
+        _refused(lambda: _attach(model, method, "a/b"), "a name with a slash", "a/b")
+        _unchanged(model, before, "a refused attach")
+        for owner, step in ((type(method), "init"), (chain, "put_on"), (chain, "write"), (chain, "set_active")):
+            for at in (1, 2, 5):
+                if _fails(owner, step, at, lambda: _attach(model, method, "second")):
+                    _unchanged(model, before, f"an attach that failed in call {at} of {step}")
+                else:
+                    models.detach(model, "second")
+                    models.activate(model, *before["active"])
+    with _folder() as folder:
+        models.save(model, folder / "saved", "first")
+        other = _net()
+        before = _snapshot(other)
+        if _fails(type(method), "restore", 2, lambda: models.load(other, folder / "saved")):
+            _unchanged(other, before, "a load that failed at the second layer")
+        narrow = nn.Sequential(nn.Linear(8, 8))
+        before = _snapshot(narrow)
+        _refused(lambda: models.load(narrow, folder / "saved"), "a load on a model of other shapes", "up.weight")
+        _unchanged(narrow, before, "a refused load")
+
+
+def _fails(owner: Any, step: str, at: int, call: Callable[[], object]) -> bool:
+    """Run the call with an error planted in the ``at``-th call of owner.step. -> whether it came so far.
+
+    The planted error must come through as it is.
+    """
+    real = getattr(owner, step)
+    calls = 0
+
+    def fail_once(*args: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise ZeroDivisionError(f"planted in {step}")
+        return real(*args, **named)
+
+    with mock.patch.object(owner, step, fail_once):
+        try:
+            call()
+        except ZeroDivisionError:
+            return True
+    _promise(calls < at, f"an error in call {at} of {step} was swallowed")
+    return False
+
+
+@law
+def saves_and_loads_exactly(method: Method) -> None:
+    """What is loaded is what was saved, to the bit: the edits, the output, and what trains. Saved again it is the same
+    file. A file with a tensor missing, added, of another shape, a bit flipped or an end cut off is refused."""
+    model = _adapted(method)
+    with _folder() as folder:
+        models.save(model, folder / "one", note={"why": "law"})
+        other = _net()
+        _promise(models.load(other, folder / "one", "x") == "x", "load does not give the name back")
+        _same(other(_input()), model(_input()), "output after loading")
+        trains = {n.replace("adapters.x.", ""): p.numel() for n, p in other.named_parameters() if p.requires_grad}
+        expected = {
+            n.replace("adapters.default.", ""): p.numel() for n, p in model.named_parameters() if p.requires_grad
+        }
+        _promise(trains == expected, f"after loading {trains} train; before saving {expected}")
+        models.save(other, folder / "two")
+        one, two = store.read(folder / "one"), store.read(folder / "two")
+        _promise(one.digest == two.digest, "saved, loaded and saved again, the digest is another")
+        _promise(registry.build(one.method) == method, f"the file says {one.method}, the method is {method.config()}")
+        _strict(folder / "one")
+
+
+def _strict(folder: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in store.read(folder).tensors().items()}
+    file = folder / store.TENSORS
+    whole = file.read_bytes()
+    first = sorted(tensors)[0]
+    cases = {
+        "a tensor missing": {k: t for k, t in tensors.items() if k != first},
+        "a tensor too many": tensors | {"up.weight.more": torch.zeros(1)},
+        "a tensor of another shape": tensors | {first: tensors[first].reshape(-1)[1:].clone()},
+    }
+    for what, broken in cases.items():
+        save_file(broken, file)
+        _refused(lambda: store.read(folder), what)
+    for what, data in (
+        ("a file cut off", whole[:-7]),
+        ("a bit flipped", whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:]),
+    ):
+        file.write_bytes(data)
+        _refused(lambda: store.read(folder), what)
+    file.write_bytes(whole)
+
+
+@law
+def checkpoints_exactly(method: Method) -> None:
+    """The state for training checkpoints goes into another model of the same making to the bit, and is strict: a missing,
+    added or misshapen tensor is refused and changes nothing."""
+    model, other = _adapted(method), _net()
+    _attach(other, method)
+    saved = {key: tensor.clone() for key, tensor in models.adapter_state(model, "default").items()}
+    before = _snapshot(other)
+    first = sorted(saved)[0]
+    for broken in (
+        {k: t for k, t in saved.items() if k != first},
+        saved | {"up/more": torch.zeros(1)},
+        saved | {first: saved[first].reshape(-1)[:1]},
+    ):
+        _refused(lambda broken=broken: models.load_adapter_state(other, "default", broken), "a state that does not fit")  # type: ignore[misc]
+    _unchanged(other, before, "a refused state")
+    models.load_adapter_state(other, "default", saved)
+    _same(other(_input()), model(_input()), "output after a checkpoint")
+    _promise(_equal(models.adapter_state(other, "default"), saved), "the state after a checkpoint is another")
+
+
+@law
+def same_seed_same_adapter(method: Method) -> None:
+    """The start depends on seed and layer and on nothing else: not on the global generator, which stays where it was, and
+    not on the order or number of layers. Where there is chance, two layers of one shape get different numbers."""
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one = _init(method, "up", seed=0)
+    _promise(torch.equal(torch.get_rng_state(), state), "the start moves the global generator")
+    torch.manual_seed(2)
+    _promise(_equal(_init(method, "up", seed=0), one), "the start reads the global generator")
+    if not _equal(_init(method, "up", seed=1), one):
+        _promise(not _equal(_init(method, "again", seed=0), one), "two layers of one shape got the same random numbers")
+    whole, part = _net(), _net()
+    _attach(whole, method)
+    _attach(part, method, targets="again")
+    found = models.states(part, "default")["again"].tensors()
+    _promise(
+        _equal(found, models.states(whole, "default")["again"].tensors()), "the start depends on the other targets"
+    )
+
+
+@law
+def starts_alike_beside_others(method: Method) -> None:
+    """An adapter attached while another one is active starts from the base, as if it were alone."""
+    alone, beside = _net(), _net()
+    _attach(alone, method)
+    for name in sorted(registry.methods()):
+        cls = registry.methods()[name]
+        _attach(beside, cls(**cls.small[0]), f"first_{name}")
+        _stir(beside, f"first_{name}")
+        _attach(beside, method)
+        for site, state in models.states(alone, "default").items():
+            found = models.states(beside, "default")[site].tensors()
+            _promise(_equal(found, state.tensors()), f"{site}: beside an active {name} it starts otherwise")
+        models.detach(beside, "default")
+        models.detach(beside, f"first_{name}")
+
+
+@law
+def rows_equal_rows_alone(method: Method) -> None:
+    """In one batch whose rows use different adapters or the base, each row is that row alone: values and gradients."""
+    model, x = _net(torch.float64), _input(torch.float64)
+    for number, name in enumerate(("a", "b")):
+        _attach(model, method, name, seed=number)
+        _stir(model, name, seed=number)
+    names: list[str | None] = ["a", None, "b", "a"]
+    with models.rows(model, names):
+        y = model(x)
+        y.sin().sum().backward()
+    together = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    _promise(models.active_names(model) == ["b"], f"after rows() {models.active_names(model)} is active, it was b")
+    for row, each in enumerate(names):
+        models.activate(model, *([each] if each else []))
+        alone = model(x[row : row + 1])
+        _near(y[row : row + 1], alone, EXACT, f"row {row} with {each}")
+        if each:
+            alone.sin().sum().backward()
+    for key, parameter in model.named_parameters():
+        single, found = parameter.grad, together.get(key)
+        _promise((single is None) == (found is None), f"{key}: has a gradient only one way, together or row by row")
+        if single is not None and found is not None:
+            _near(found, single, EXACT, f"gradient of {key} over the rows")
+
+
+@law
+def counts_what_it_trains(method: Method) -> None:
+    """``trained_count`` is the count of numbers that train, at every shape."""
+    model = _net()
+    _attach(model, method)
+    for name, state in models.states(model, "default").items():
+        layer: Any = model.get_submodule(name)
+        found = sum(parameter.numel() for parameter in state.parameters() if parameter.requires_grad)
+        declared = method.trained_count(tuple(layer.weight.shape))
+        _promise(found == declared, f"{name}: {found} numbers train, trained_count declares {declared}")
+
+
+@law
+def keeps_what_it_declares(method: Method) -> None:
+    """A live sparse adapter keeps of an input for the backward pass what its granularity says, x or x[..., index], and of
+    its own nothing: the rest are references to the weight, the index and tensors that exist anyway."""
+    if not isinstance(method, Sparse):
+        return
+    model = _adapted(method)
+    layer: Any = model.get_submodule("up")
+    state = layer.adapters["default"]
+    x = _input().requires_grad_()
+    there = {t.untyped_storage().data_ptr() for t in (layer.weight, layer.bias, *state.tensors().values())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    declared = method.granularity_type().keep(x, state.index).numel()
+    _promise(
+        sum(kept.values()) == declared, f"{sum(kept.values())} numbers are kept for backward, declared are {declared}"
+    )
+
+
+@law
+def config_goes_through_json(method: Method) -> None:
+    """The config is plain JSON from which an equal method is built; the method is frozen and can be compared and hashed."""
+    there = json.loads(json.dumps(method.config(), allow_nan=False))
+    if registry.methods().get(method.name) is type(method):
+        _promise(registry.build(there) == method, f"{there} builds {registry.build(there)!r}, expected {method!r}")
+    hash(method)
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    try:
+        setattr(method, fields[0].name if fields else "name", None)
+    except dataclasses.FrozenInstanceError:
+        pass
+    else:
+        raise Broken("the method is not frozen: use @dataclass(frozen=True)")
+    for field in fields:
+        _promise(
+            bool(field.metadata.get("help")), f"the field {field.name} has no help: write option(default, 'one line')"
+        )
+
+
+@law
+def switches_and_stacks_with_any(method: Method) -> None:
+    """Beside any other method: switching gives each one's own output, stacking is the fold of one upon the other in the
+    order asked for, and detaching both gives the base."""
+    x = _input(torch.float64)
+    for name in sorted(registry.methods()):
+        cls = registry.methods()[name]
+        model = _net(torch.float64)
+        start, base = _snapshot(model), model(x)
+        _attach(model, method, "mine")
+        _stir(model, "mine")
+        mine = model(x)
+        _attach(model, cls(**cls.small[0]), "other", seed=1)
+        _stir(model, "other", seed=1)
+        other = model(x)
+        for one, expected in (("mine", mine), ("other", other), (None, base), ("mine", mine)):
+            models.activate(model, *([one] if one else []))
+            _same(model(x), expected, f"output of {one or 'the base'} after switching, beside {name}")
+        for names in (("mine", "other"), ("other", "mine")):
+            models.activate(model, *names)
+            layer: Any = model.get_submodule("up")
+            W, b = chain.base_weight(layer).detach(), layer.bias
+            for each in names:
+                state = layer.adapters[each]
+                W, b = state.method.fold(state.raw(), W, b)
+            _near(layer(x), F.linear(x, W, b), EXACT, f"{' then '.join(names)} stacked, other is {name}")
+        models.detach(model, "mine")
+        _same(model(x), other, f"output of {name} after this one is detached")
+        models.detach(model, "other")
+        _unchanged(model, start, f"attached and detached beside {name}")
+
+
+@law
+def base_keys_and_types_survive(method: Method) -> None:
+    """An adapted model has all keys of its base, its layers are still Linear, and after detaching nothing is left."""
+    model = _net()
+    model.get_submodule("down").requires_grad_(False)
+    before, keys = _snapshot(model), set(model.state_dict())
+    _attach(model, method)
+    _promise(keys <= set(model.state_dict()), "keys of the base are gone")
+    for name in LAYERS:
+        _promise(isinstance(model.get_submodule(name), nn.Linear), f"{name} is no Linear any more")
+    _stir(model)
+    models.detach(model, "default")
+    _unchanged(model, before, "attached and detached")
+
+
+@law
+def copies_are_whole(method: Method) -> None:
+    """deepcopy and pickle give a model with the same output that trains, switches off and is detached by itself."""
+    copies: list[Callable[[nn.Module], nn.Module]] = [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))]
+    for copied in copies:
+        model, plain = _adapted(method), _net()
+        other = copied(model)
+        _same(other(_input()), model(_input()), "output of a copy")
+        before = _bits(model.state_dict())
+        optimizer = torch.optim.SGD([p for p in other.parameters() if p.requires_grad], lr=0.1)
+        _loss(other, _input()).backward()
+        optimizer.step()
+        _promise(not torch.equal(other(_input()), model(_input())), "a copy does not train")
+        _promise(_bits(model.state_dict()) == before, "training a copy changes the model it came from")
+        models.detach(other, "default")
+        _same(other(_input()), plain(_input()), "output of a copy after detaching")
+
+
+@law
+def compiles_whole(method: Method) -> None:
+    """torch.compile(fullgraph=True) captures the adapted model: same output, same gradients, also after a step."""
+    with warnings.catch_warnings():
+        # What torch 2.13 says of its own capture of an autograd Function; to go when it no longer does.
+        warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
+        _compile(_adapted(method))
+
+
+def _compile(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):
+        expected = torch.autograd.grad(_loss(model, _input()), trained)
+        y = compiled(_input())
+        _near(y, model(_input()), CLOSE, "compiled output")
+        optimizer.zero_grad()
+        (y.double() - 0.3).square().mean().backward()
+        for parameter, gradient in zip(trained, expected, strict=True):
+            _gradient(parameter, gradient, CLOSE, "gradient of a compiled model")
+        optimizer.step()
+
+
+@law
+def autocast_computes_in_half(method: Method) -> None:
+    """Under bf16 autocast an fp32 model gives the base layer's dtype, near the fp32 values, and float32 gradients."""
+    model = _adapted(method)
+    exact = _loss(model, _input())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    reference = torch.autograd.grad(exact, trained)
+    for live in (True, False) if _sparse(method) else (True,):
+        _set_live(model, live)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(_input())
+            loss = (y.double() - 0.3).square().mean()
+        _promise(y.dtype == torch.bfloat16, f"autocast gives {y.dtype}, a base layer gives bfloat16")
+        _near(loss, exact, 0.03, "loss under autocast")
+        for parameter, gradient, wanted in zip(trained, torch.autograd.grad(loss, trained), reference, strict=True):
+            _promise(gradient.dtype == parameter.dtype, f"autocast gives a {gradient.dtype} gradient")
+            bound = 0.06 * float(wanted.abs().max()) + 1e-3
+            _near(gradient, wanted, bound, "gradient under autocast")
+
+
+@law
+def checkpointing_changes_nothing(method: Method) -> None:
+    """Gradient checkpointing, reentrant or not, gives the same gradients."""
+    model = _adapted(method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(_loss(model, _input()), trained)
+    for reentrant in (True, False):
+        x = _input().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=reentrant)
+        model.zero_grad()
+        (y.double() - 0.3).square().mean().backward()
+        for parameter, gradient in zip(trained, expected, strict=True):
+            _gradient(parameter, gradient, CLOSE, f"gradient with checkpointing, use_reentrant={reentrant}")
+
+
+@law
+def accumulation_adds_up(method: Method) -> None:
+    """The gradients of two half batches add up to that of the whole one."""
+    model, x = _adapted(method, torch.float64), _input(torch.float64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(_loss(model, x), trained)
+    for half in x.chunk(2):
+        (_loss(model, half) / 2).backward()
+    for parameter, gradient in zip(trained, expected, strict=True):
+        _gradient(parameter, gradient, EXACT, "accumulated gradient")
+
+
+@law
+def numbers_stay_wide(method: Method) -> None:
+    """Trained numbers are float32 on a bf16 base (float64 on a float64 one) and stay so when the model is cast; the base
+    under a cast model is the cast base, to the bit."""
+    for dtype, wide in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        model = _net(dtype)
+        _attach(model, method)
+        found = {p.dtype for p in model.parameters() if p.requires_grad}
+        _promise(found == {wide}, f"on a {dtype} base {found} train")
+    model = _adapted(method)
+    values = {k: t.clone() for k, t in models.adapter_state(model, "default").items()}
+    model.to(torch.bfloat16)
+    _promise(_equal(models.adapter_state(model, "default"), values), "model.to(bfloat16) changed the adapter's numbers")
+    cast = model(_input(torch.bfloat16))
+    _promise(cast.dtype == torch.bfloat16, f"a model cast to bfloat16 gives {cast.dtype}")
+    models.detach(model, "default")
+    _promise(
+        models.digest(model) == models.digest(_net(torch.bfloat16)), "the base under a cast model is not the cast base"
+    )
+
+
+@law
+def stale_weights_are_an_error(method: Method) -> None:
+    """Where values live in the weight, a forward after they were written by hand is an error, and sync() cures it."""
+    model = _adapted(method)
+    if not any(layer.live for layer in chain.adapted_layers(model).values()):
+        return
+    before = model(_input())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    _refused(lambda: model(_input()), "a forward with an out-of-date weight", "sync")
+    models.sync(model)
+    synced = model(_input())
+    _promise(not torch.equal(synced, before), "sync() wrote nothing")
+    _set_live(model, False)
+    _near(synced, model(_input()), CLOSE * 10, "output after sync()")
+
+
+@law
+def explains_itself(method: Method) -> None:
+    """The class says name, title, formula, paper and count; its module's docstring says the same in words, with the source
+    and ``Trained:``. A method of ours is one file of at most 90 lines that imports what the layout allows."""
+    cls = type(method)
+    for attribute in ("name", "title", "formula", "paper", "trained"):
+        value = getattr(cls, attribute, None)
+        _promise(isinstance(value, str) and bool(value), f"{cls.__name__}.{attribute} is {value!r}, expected a text")
+    _promise(getattr(cls, "default_lr", 0) > 0, f"{cls.__name__}.default_lr is not given")
+    _promise(
+        bool(re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:\S+|https://\S+", cls.paper)),
+        f"paper is {cls.paper!r}; expected arXiv:...",
+    )
+    text = inspect.getdoc(inspect.getmodule(cls)) or ""
+    _promise("Trained:" in text, f"the docstring of {cls.__module__} does not say what is trained (Trained: ...)")
+    _promise(cls.paper in text, f"the docstring of {cls.__module__} does not name its source {cls.paper}")
+    _promise(
+        cls.title in text.partition(":")[0], f"the docstring of {cls.__module__} does not begin with {cls.title!r}"
+    )
+    if not cls.__module__.startswith("intarsia."):
+        return
+    source = inspect.getsource(inspect.getmodule(cls))  # type: ignore[arg-type]
+    lines = len(source.splitlines())
+    _promise(lines <= 90, f"{cls.__module__} has {lines} lines, at most 90 are allowed")
+    rooms = ("edits", "errors", "forms", "inits", "method", "methods", "registry", "site", "support")
+    for module in _imports(source):
+        ours = module.split(".")[1:2] if module.startswith("intarsia") else None
+        allowed = (
+            ours[0] in rooms
+            if ours
+            else module.split(".")[0] in ("torch", "math", "dataclasses", "typing", "collections")
+        )
+        _promise(allowed, f"{cls.__module__} imports {module}; a method imports {', '.join(rooms)} and torch")
+
+
+def _imports(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
