@@ -129,10 +129,10 @@ FAULTS = {
         lambda f: [(f / "config.json").unlink(), (f / "x.gguf").write_bytes(b"GGUF")],
         "did you mean its file .*x.gguf",
     ),
-    "config no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json .*cannot be read"),
+    "config no JSON": (lambda f: (f / "config.json").write_text("{"), ": config.json cannot be read"),
     "config of nothing known": (
         lambda f: (f / "config.json").write_text('{"model_type": "zzz"}'),
-        "not a causal language model",
+        "its model is none that can be read here.*zzz",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights: model.safetensors missing"),
     "pickled weights": (
@@ -147,7 +147,7 @@ FAULTS = {
     ),
     "an index of nonsense": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
-        "index.json cannot be read",
+        ": model.safetensors.index.json cannot be read",
     ),
     "cut off": (lambda f: _cut(f / "model.safetensors", 0.7), "model.safetensors is cut off or broken"),
     "cut off in the header": (lambda f: _cut(f / "model.safetensors", 0.001), "cut off or broken"),
@@ -155,14 +155,14 @@ FAULTS = {
         lambda f: (f / "tokenizer.json").unlink(),
         "no tokenizer: expected one of tokenizer.json",
     ),
-    "a broken tokenizer": (lambda f: _cut(f / "tokenizer.json", 0.5), "not a causal language model that can be read"),
+    "a broken tokenizer": (lambda f: _cut(f / "tokenizer.json", 0.5), "its tokenizer cannot be read"),
     "a weight missing": (
         lambda f: _without(f / "model.safetensors", "model.layers.1.mlp.up_proj.weight"),
-        "missing or misshapen: model.layers.1.mlp.up_proj.weight",
+        "(?s)not those of its configuration.*model.layers.1.mlp.up_proj.weight missing",
     ),
     "a weight misshapen": (
         lambda f: _reshaped(f / "model.safetensors", "model.layers.0.mlp.up_proj.weight"),
-        "model.layers.0.mlp.up_proj.weight|mismatched",
+        r"up_proj.weight: \(3, 32\) in the file, \(64, 32\) by its config",
     ),
 }
 
@@ -198,6 +198,8 @@ def test_a_misspelt_path_names_the_nearest(folder: Path) -> None:
         pretrained.load("./nowhere/at/all")
     with pytest.raises(IntarsiaError, match="nothing at that path"):
         pretrained.load("model.gguf")
+    with pytest.raises(IntarsiaError, match="no model is named"):
+        pretrained.load("")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat17", "int8", torch.int64, "float8_e5m2"])
@@ -403,6 +405,12 @@ def test_a_gguf_of_an_unsupported_kind(tmp_path: Path, cache: Path) -> None:
     assert _content(cache) == []
 
 
+def test_without_the_package_for_gguf(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(IntarsiaError, match=r"pip install 'intarsia\[gguf\]'"):
+        pretrained.load(tiny_gguf)
+
+
 def test_a_file_that_is_no_gguf(saved: Path) -> None:
     with pytest.raises(IntarsiaError, match="not a GGUF file.*by its folder"):
         pretrained.load(saved / "model.safetensors")
@@ -518,7 +526,7 @@ def test_a_hub_model_is_fetched_and_then_needs_no_hub(hub: tuple[str, list[str]]
     asked.clear()
     found, unknown = _ask(home, endpoint, "organisation/toy", "organisation/toys", offline=True)
     assert found.startswith(f"{snapshot} {total}")
-    assert unknown.startswith("IntarsiaError model 'organisation/toys': no folder here, and the hub cannot give it: ")
+    assert unknown.startswith("IntarsiaError model 'organisation/toys': no folder here, and the hub cannot be reached")
     assert "a local folder, a .gguf file" in unknown
     assert asked == []
 

@@ -60,6 +60,8 @@ HUB_FILES = [
     "*.safetensors",
     "*.txt",
 ]  # weights as safetensors only: no pickle
+WEIGHT_INDEX = "model.safetensors.index.json"
+WEIGHT_ENDINGS = (".bin", ".gguf", ".pt", ".pth", ".safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -97,6 +99,8 @@ def load(
 def locate(name: str | os.PathLike[str], *, progress: Say | None = None) -> Path:
     """The folder that holds the model of this name, fetched or converted first where that is still to do."""
     text, say = os.fspath(name), progress or _silent
+    if not text.strip():
+        raise IntarsiaError(f"no model is named; expected {EXPECTED}")
     if text in ALIASES:
         return _aliased(text, say)
     path = Path(text).expanduser()
@@ -109,7 +113,7 @@ def locate(name: str | os.PathLike[str], *, progress: Say | None = None) -> Path
     if HUB_ID.fullmatch(text):
         return _fetched(text, say)
     raise IntarsiaError(
-        f"model {text!r}: no file or folder here and no alias; {nearest(text, ALIASES)} Expected {EXPECTED}"
+        f"model {text!r}: no file or folder here and no alias ({nearest(text, ALIASES)}); expected {EXPECTED}"
     )
 
 
@@ -190,17 +194,16 @@ def _faults(folder: Path) -> list[str]:
     if "config.json" not in names:
         return [_no_model(folder, names)]
     faults, weights = [], ["model.safetensors"]
-    try:
-        json.loads((folder / "config.json").read_text("utf-8"))
-        if "model.safetensors.index.json" in names:
-            weights = sorted(
-                set(json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))["weight_map"].values())
-            )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        faults.append(f"config.json or model.safetensors.index.json cannot be read: {_first_line(error)}")
+    for file in ("config.json", WEIGHT_INDEX):
+        try:
+            content = json.loads((folder / file).read_text("utf-8")) if file in names else None
+            if content is not None and file == WEIGHT_INDEX:
+                weights = sorted(set(content["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            faults.append(f"{file} cannot be read: {_first_line(error)}")
     if missing := [file for file in weights if not (folder / file).is_file()]:
-        other = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".safetensors", ".gguf"))]
-        tail = f"; it has {', '.join(other)}, but only model.safetensors is read here" if other else ""
+        other = [n for n in names if n.endswith(WEIGHT_ENDINGS) and missing == weights]
+        tail = f"; it has {', '.join(other)}, but only {', '.join(weights)} is read here" if other else ""
         faults.append(f"no weights: {', '.join(missing)} missing{tail}")
     for file in set(weights) - set(missing):
         try:
@@ -225,27 +228,36 @@ def _no_model(folder: Path, names: list[str]) -> str:
 def _read(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        with _hushed():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a reader of many formats raises, it is about this folder
-        raise IntarsiaError(
-            f"model {str(folder)!r}: not a causal language model that can be read: {_first_line(error)}"
-        ) from error
-    _complete(str(folder), report)
+    with _hushed(), _about(folder, "its model is none that can be read here"):
+        # Mismatched weights are let through to be told by name below.
+        options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    with _hushed(), _about(folder, "its tokenizer cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    _complete(folder, report)
     _pad(str(folder), model, tokenizer)
     return model, tokenizer
 
 
-def _complete(what: str, report: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def _about(place: Path, what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a reader of many formats raises into one error about this folder or file."""
+    try:
+        yield
+    except Exception as error:
+        raise IntarsiaError(f"model {str(place)!r}: {what}: {_first_line(error)}{advice}") from error
+
+
+def _complete(place: Path, report: dict[str, Any]) -> None:
     """transformers fills in weights that the file lacks at random and only warns: here that is an error."""
-    odd = [str(key) for fault in ("missing_keys", "mismatched_keys") for key in sorted(report[fault], key=str)]
+    odd = [f"{name} missing" for name in sorted(report["missing_keys"])]
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        odd.append(f"{name}: {tuple(found)} in the file, {tuple(expected)} by its configuration")
     if odd:
-        more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
-        raise IntarsiaError(f"model {what!r}: weights missing or misshapen: {', '.join(odd[:4])}{more}")
+        more = f"\n  and {len(odd) - 4} more" if len(odd) > 4 else ""
+        raise IntarsiaError(
+            f"model {str(place)!r}: its weights are not those of its configuration\n  " + "\n  ".join(odd[:4]) + more
+        )
 
 
 def _pad(what: str, model: Any, tokenizer: Any) -> None:
@@ -346,25 +358,22 @@ def _aside(folder: Path) -> Iterator[Path]:
 def _unpacked(file: Path, say: Say) -> tuple[Any, Any]:
     import transformers
 
+    if importlib.util.find_spec("gguf") is None:
+        raise IntarsiaError(f"model {str(file)!r}: reading GGUF files needs a package; pip install 'intarsia[gguf]'")
     # From transformers 5.23 on, GGUF weights stay packed unless told otherwise; before, there was no option.
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     config = getattr(transformers, "GgufConfig", None)
     dense = {} if config is None else {"quantization_config": config(gguf_file=file.name, dequantize=True)}
-    try:
-        with _hushed():
-            say("reading the tokenizer")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
-            say("reading the weights")
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.float32, output_loading_info=True, **options, **dense
-            )
-    except ImportError as error:
-        raise IntarsiaError(f"model {str(file)!r}: {_first_line(error)}; pip install 'intarsia[gguf]'") from error
-    except Exception as error:  # whatever a reader of a binary format raises, it is about this file
-        raise IntarsiaError(
-            f"model {str(file)!r}: cut off, broken or of an unsupported kind: {_first_line(error)}"
-        ) from error
-    _complete(str(file), report)
+    broken, advice = "cut off, broken or of an unsupported kind", "; fetch or copy it again"
+    say("reading the tokenizer")
+    with _hushed(), _about(file, broken, advice):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+    say("reading the weights")
+    with _hushed(), _about(file, broken, advice):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, output_loading_info=True, **options, **dense
+        )
+    _complete(file, report)
     return model, tokenizer
 
 
@@ -374,7 +383,7 @@ def _unpacked(file: Path, say: Say) -> tuple[Any, Any]:
 def _fetched(repository: str, say: Say) -> Path:
     """The snapshot of a hub model: the newest where the hub answers, else the one kept from before."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     say(f"looking for {repository} on the hub")
     try:
@@ -389,10 +398,11 @@ def _fetched(repository: str, say: Say) -> Path:
         raise IntarsiaError(
             f"model {repository!r}: no folder here and no such model on the hub, or a private one; expected {EXPECTED}"
         ) from error
-    except Exception as error:  # no network, no answer, a full disk, offline: one remedy
+    except Exception as error:  # no network, no answer, a full disk: one remedy
+        offline = isinstance(error, LocalEntryNotFoundError)
+        why = "the hub cannot be reached, and no copy of it is kept here" if offline else _first_line(error)
         raise IntarsiaError(
-            f"model {repository!r}: no folder here, and the hub cannot give it: {_first_line(error)}. "
-            f"Fetch it once with a connection, or give {EXPECTED}"
+            f"model {repository!r}: no folder here, and {why}. Fetch it once with a connection, or give {EXPECTED}"
         ) from error
     return _checked(Path(folder))
 
