@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from intarsia.edits import SPARSE, Edit
 from intarsia.edits import Sparse as SparseEdit
+from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
 from intarsia.method import Start
 from intarsia.site import Site
@@ -76,9 +77,12 @@ class Sparse(Delta):
     def _state(self, site: Site, index: Tensor, delta: Tensor) -> dict[str, Tensor]:
         scale = self.scale_at(site.shape)
         if not self.trains_weights():
-            return {"values": nn.Parameter(_divide(delta, scale)), "index": index}
+            return {"values": nn.Parameter(_values(delta, scale)), "index": index}
         start = self.granularity_type().gather(site.weight.detach(), index).to(_wide(site))
-        return {"values": nn.Parameter(_divide(start + delta, scale)), "index": index, "start": start}
+        # What the first values stand for, which differs from the weight in the last bit where no number times the scale is
+        # the weight: so the change is zero at the start for any scale.
+        start = scale * _values(start, scale)
+        return {"values": nn.Parameter(_values(delta, scale, start)), "index": index, "start": start}
 
     def change(self, p: Any) -> Tensor:
         """What is added to the support, in the granularity's shape of values."""
@@ -106,7 +110,12 @@ class Sparse(Delta):
         return kind(p.shape, p.index.detach().clone(), self.change(p).detach().clone())
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
-        assert isinstance(edit, SparseEdit)  # the loader matched the kinds
+        kind, units = SPARSE[self.granularity_type().name], self.units(site.shape)
+        if not isinstance(edit, kind) or len(edit.index) != units:
+            found = f"{len(edit.index)} {edit.kind}" if isinstance(edit, SparseEdit) else f"a {edit.kind} edit"
+            raise IntarsiaError(
+                f"{site.name}: the file has {found}; its own config asks for {units} {kind.kind}: {self}"
+            )
         return self._state(site, edit.index.clone(), edit.values.to(_wide(site)))
 
 
@@ -123,7 +132,7 @@ def auto_scale(shape: Shape, trained: int) -> float:
     return 2.0 ** round(math.log2(TARGET / norm))
 
 
-TARGET = 38.0  # 16 for 1 % of a 576 x 576 weight, where Adam's best rate is then LoRA's best rate
+TARGET = 19.0  # 8 for 1 % of a 576 x 576 weight, where Adam's best rate is then LoRA's best rate
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -136,14 +145,22 @@ def _wide(site: Site) -> torch.dtype:
     return torch.promote_types(site.weight.dtype, torch.float32)
 
 
-def _divide(total: Tensor, scale: float) -> Tensor:
-    """The values v with scale * v == total to the bit, where such v exist (always, for a saved adapter)."""
-    if math.frexp(scale)[0] == 0.5:
-        return total / scale  # a power of two: exact
-    guess = total / scale
-    for nearby in (torch.nextafter(guess, guess.new_tensor(s)) for s in (torch.inf, -torch.inf)):
-        guess = torch.where((scale * guess != total) & (scale * nearby == total), nearby, guess)
-    return guess
+def _values(delta: Tensor, scale: float, start: Tensor | None = None) -> Tensor:
+    """The values with ``scale * values (- start) == delta`` to the bit, where there are such (always, for a saved adapter)."""
+
+    def change(values: Tensor) -> Tensor:
+        grown = scale * values
+        return grown if start is None else grown - start
+
+    found = (delta if start is None else start + delta) / scale
+    above = below = found
+    for _ in range(4):  # rounding twice is off by a few units in the last place at most
+        if torch.equal(change(found), delta):
+            break
+        above, below = above.nextafter(above.new_tensor(torch.inf)), below.nextafter(below.new_tensor(-torch.inf))
+        for nearby in (above, below):
+            found = torch.where((change(found) != delta) & (change(nearby) == delta), nearby, found)
+    return found
 
 
 class _Live(torch.autograd.Function):
