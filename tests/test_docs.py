@@ -1,0 +1,99 @@
+"""The documentation runs: its Python blocks, its configs, its generated tables, its links."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from intarsia import registry
+from intarsia.train.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def run(code: str, names: dict[str, Any], where: Path) -> None:
+    exec(compile(code, str(where), "exec"), names)
+
+
+def test_the_quick_start_runs(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(0, 320, (2, 12))
+    names: dict[str, Any] = {"model": tiny_llama(), "batch": {"input_ids": ids, "labels": ids}}
+    page = ROOT / "docs" / "quick-start.md"
+    assert len(blocks(page, "python")) == 5
+    for block in blocks(page, "python"):
+        run(block, names, page)
+    assert names["logits"].shape[0] == 2
+
+
+def test_the_readme_runs(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(0, 320, (2, 12))
+    names: dict[str, Any] = {"model": tiny_llama(), "calibration": [{"input_ids": ids, "labels": ids}]}
+    first, second = blocks(ROOT / "README.md", "python")
+    run(first, names, ROOT / "README.md")
+    names["ia"].save(names["model"], "out/json")
+    names["ia"].detach(names["model"], "default")
+    run(second, names, ROOT / "README.md")
+
+
+def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-method.md"
+    method, laws = blocks(page, "python")
+    file = tmp_path / "lora_fa.py"
+    file.write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("lora_fa", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "lora_fa", module)
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    spec.loader.exec_module(module)
+    run(laws, {"LoraFa": module.LoraFa}, page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_configs_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
+    for number, block in enumerate(blocks(page, "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block, encoding="utf-8")
+        load_config(file)
+
+
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_generated_tables_are_up_to_date() -> None:
+    for path, text in tables().expected().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: python docs/tables.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
