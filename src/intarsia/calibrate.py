@@ -69,19 +69,24 @@ def gather_gradients(
                     remaining.pop(name, None)
 
             hooks = [
-                parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(p, name))  # type: ignore[misc]
+                parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(p, name))
                 for name, parameter in weights.items()
             ]
             try:
-                loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                loss(model, batch).backward()
             finally:
                 for hook in hooks:
                     hook.remove()
             if progress:
                 progress(number + 1, len(batches), "calibrating")
+        for name in list(
+            remaining
+        ):  # the last batch need not reach a weight that an earlier one did, such as an expert
+            if name in sums.totals:
+                use(name, sums.totals[name].to(remaining.pop(name).device))
     if remaining:
         raise IntarsiaError(
-            f"the loss of the last calibration batch does not depend on {', '.join(remaining)}; exclude them or give other data"
+            f"the loss of the calibration data does not depend on {', '.join(remaining)}; exclude them or give other data"
         )
 
 

@@ -19,7 +19,7 @@ from intarsia import chain, registry, store
 from intarsia.calibrate import Loss, Progress, gather_gradients
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
-from intarsia.site import ALL_LINEAR, Site, find_sites, linear_layers
+from intarsia.site import ALL_LINEAR, Site, find_sites, linear_layers, unfit
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class _Record:
 
     adapters: dict[str, Attached]
     required_grad: dict[str, bool]  # of the base's parameters, to be given back
+    active: tuple[str, ...] = ()  # in order; a layer knows only those that it has
 
 
-_OCCUPIED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# Who has set what into a model. Weak on both sides: neither a model nor a deck is kept alive by the other one's entry.
+_OCCUPIED: weakref.WeakKeyDictionary[nn.Module, tuple[str, weakref.ref[object]]] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -138,6 +140,7 @@ def _put_on(
         if name in record(model).adapters:
             for layer in chain.adapted_layers(model).values():
                 chain.set_active(layer, [a for a in active if a != name])
+            record(model).active = tuple(active)
             _remove(model, name)
         elif fresh:
             _give_back(model)
@@ -161,12 +164,15 @@ def activate(model: nn.Module, *names: str) -> None:
             raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, attached)}")
     if len(set(names)) < len(names):
         raise IntarsiaError(f"an adapter is named twice: {', '.join(names)}")
+    if names:
+        check_unoccupied(model)
     layers = list(chain.adapted_layers(model).values())
     if any(layer.rows is not None for layer in layers):
         raise IntarsiaError("rows() is in force; leave its block before activating other adapters")
     with chain.transaction(layers):
         for layer in layers:
             chain.set_active(layer, names)
+    record(model).active = names
     for layer in layers:
         for name, state in layer.adapters.items():
             state.requires_grad_(name in names)
@@ -214,6 +220,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     for name in names:
         if name is not None and name not in attached:
             raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, attached)}")
+    check_unoccupied(model)
     layers = chain.adapted_layers(model)
     active = active_names(model)
     groups: dict[str | None, list[int]] = {}
@@ -258,10 +265,7 @@ def attached_names(model: nn.Module) -> list[str]:
 
 def active_names(model: nn.Module) -> list[str]:
     """Names of the adapters that act, lowest first."""
-    found: list[str] = []
-    for layer in chain.adapted_layers(model).values():
-        found += [name for name in layer.active if name not in found]
-    return found
+    return list(record(model).active) if hasattr(model, "_intarsia") else []
 
 
 def states(model: nn.Module, name: str) -> dict[str, chain.State]:
@@ -273,8 +277,10 @@ def states(model: nn.Module, name: str) -> dict[str, chain.State]:
 
 def digest(model: nn.Module) -> str:
     """SHA-256 over all weights of the base, as hex: adapters on the model, live ones too, do not count."""
+    # By layer, not by the word: a base may have modules of its own that are called adapters.
+    ours = tuple(f"{name}.adapters.".lstrip(".") for name in chain.adapted_layers(model))
     with _base_bits(model):
-        return store.weights_digest((k, t) for k, t in model.state_dict().items() if ".adapters." not in f".{k}")
+        return store.weights_digest((k, t) for k, t in model.state_dict().items() if not k.startswith(ours))
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -300,6 +306,7 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
     ]
     if faults:
         raise IntarsiaError(f"this state does not fit the adapter {name!r}:\n  " + "\n  ".join(faults[:10]))
+    _check_numbers(model, name, saved)
     active = active_names(model)
     activate(model)  # the support may change, so nothing may be live while it does
     with torch.no_grad():
@@ -308,11 +315,23 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
     activate(model, *active)
 
 
+def _check_numbers(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
+    """Raise for indices out of range and numbers that are not finite, by building the edits that the state would make."""
+    for site, state in states(model, name).items():
+        p = chain.Tensors({k: saved[f"{site}/{k}"] for k in state.tensors()}, state.shape)
+        edit = state.method.edit(p)
+        try:
+            edit.build(edit.shape, edit.tensors(), edit.facts())
+        except IntarsiaError as error:
+            raise IntarsiaError(f"this state does not fit the adapter {name!r}:\n  {site}: {error}") from error
+
+
 # ------------------------------------------------------------------ saving and loading
 def export(
     model: nn.Module, name: str | None = None, *, called: str = "", note: Mapping[str, Any] | None = None
 ) -> store.Adapter:
     """The adapter as edits with its metadata: what :func:`save` writes and a deck holds."""
+    check_unoccupied(model)  # or it would be said to belong to a base that nobody has
     name = _only(model) if name is None else name
     attached = record(model).adapters.get(name)
     edits = {f"{site}.weight": state.method.edit(state.raw()) for site, state in states(model, name).items()}
@@ -388,6 +407,8 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
             )
     if not adapter.edits:
         faults.append("it edits nothing")
+    if not faults:
+        faults = unfit(model, {name.removesuffix(".weight"): weights[name] for name in adapter.edits})
     if faults:
         more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
         raise IntarsiaError(f"{where} does not fit this model:\n  " + "\n  ".join(faults[:8] + more))
@@ -405,17 +426,27 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
 
 
 # ------------------------------------------------------------------ who may write the weights
-def occupy(model: nn.Module, by: str | None) -> None:
-    """Note that something other than an adapter here (a deck) has written into the weights; None: they are the base's."""
+def occupy(model: nn.Module, by: str | None, owner: object) -> None:
+    """Note what ``owner`` (a deck) has set into the weights; None: they are the base's again."""
     if by is None:
         _OCCUPIED.pop(model, None)
     else:
-        _OCCUPIED[model] = by
+        _OCCUPIED[model] = (by, weakref.ref(owner))
+
+
+def check_unoccupied(model: nn.Module, owner: object = None) -> None:
+    """Raise IntarsiaError where something other than an adapter here, and other than ``owner``, is set into the weights."""
+    by, found = _OCCUPIED.get(model, ("", lambda: owner))
+    if by and found() is None:
+        raise IntarsiaError(
+            f"{by} is set into this model by a deck that is gone, and the base's bits with it; load the base again"
+        )
+    if found() is not owner:
+        raise IntarsiaError(f"{by} is set into this model by a deck; call its off() first")
 
 
 def _free(model: nn.Module) -> None:
-    if model in _OCCUPIED:
-        raise IntarsiaError(f"{_OCCUPIED[model]} is set into this model by a deck; call deck.off() first")
+    check_unoccupied(model)
     if any(layer.rows is not None for layer in chain.adapted_layers(model).values()):
         raise IntarsiaError("rows() is in force on this model; leave its block first")
 
@@ -439,6 +470,8 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise IntarsiaError(
             f"an adapter cannot be named {name!r}: a name is not empty and has no dot or slash; pass name=..."
         )
+    if hasattr(nn.ModuleDict(), name):
+        raise IntarsiaError(f"an adapter cannot be named {name!r}: torch needs that word for itself; pass name=...")
     if name in attached_names(model):
         raise IntarsiaError(f"an adapter named {name!r} is attached already; detach it or pass another name=...")
     taken = [n for n, m in linear_layers(model).items() if hasattr(m, "adapters") and not isinstance(m, chain.Adapted)]

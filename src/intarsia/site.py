@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -40,12 +40,8 @@ class Site:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of the model by dotted name, without the tensors of adapters."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".adapters." not in f".{name}."
-    }
+    """Every Linear of the model by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def find_sites(
@@ -69,7 +65,7 @@ def find_sites(
         faults.append(f"the exclusions leave none of the {len(wanted)} targeted layers")
     chosen = {name: layer for name, layer in layers.items() if name in wanted and name not in unwanted}
     if not faults:
-        faults = _unfit(model, chosen)
+        faults = unfit(model, chosen)
     if faults:
         raise IntarsiaError("\n".join(faults))
     return chosen
@@ -107,9 +103,7 @@ def _match(name: str, pattern: str) -> bool:
 
 
 def _no_match(model: nn.Module, layers: dict[str, nn.Linear], pattern: str, kind: str) -> str:
-    other = next(
-        (n for n, m in model.named_modules() if n and _match(n, pattern) and not any(m.children())), None
-    )
+    other = next((n for n, m in model.named_modules() if n and _match(n, pattern) and not any(m.children())), None)
     if other is not None:
         what = type(model.get_submodule(other)).__name__
         return f"{kind} {pattern!r} matches {other}, a {what}; only Linear layers can be adapted"
@@ -127,14 +121,26 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get() if callable(get) else None
 
 
-def _unfit(model: nn.Module, chosen: dict[str, nn.Linear]) -> list[str]:
+def unfit(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> list[str]:
+    """Why layers cannot be adapted, or their weights set into: one line a layer, by dotted name."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     faults = []
     for name, layer in chosen.items():
         tied = [n for n in owners.get(id(layer.weight), []) if n != f"{name}.weight"]
-        if tied:
+        if not name:
+            faults.append(
+                "the model is a single Linear; put it into a module, such as nn.Sequential, so that it has a name"
+            )
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            faults.append(f"{name}: nn.MultiheadAttention reads its weight without calling it; exclude {name!r}")
+        elif "forward" in vars(layer):
+            faults.append(
+                f"{name}: something replaced its forward (a device hook of accelerate?), so an adapter would not be called; "
+                "load the model without device_map, or remove the hooks first"
+            )
+        elif tied:
             faults.append(
                 f"{name}: its weight is tied to {', '.join(tied)}, which would change with it; exclude {name!r}"
             )
@@ -143,9 +149,7 @@ def _unfit(model: nn.Module, chosen: dict[str, nn.Linear]) -> list[str]:
                 f"{name}: weight {tuple(layer.weight.shape)} of {layer.weight.dtype} is not a plain matrix of floats"
             )
         elif layer.weight.is_meta:
-            faults.append(
-                f"{name}: the weight is on the meta device; load the base before attaching an adapter"
-            )
+            faults.append(f"{name}: the weight is on the meta device; load the base before attaching an adapter")
         elif not layer.weight.is_contiguous():
             faults.append(f"{name}: the weight is not contiguous in memory; store a .contiguous() copy first")
     return faults

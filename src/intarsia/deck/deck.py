@@ -35,6 +35,7 @@ class Deck:
                 f"{', '.join(attached.active_names(model))} is active on this model; call intarsia.activate(model) or "
                 "detach it, so that the deck starts from the base"
             )
+        attached.check_unoccupied(model)
         self.model = model
         self.base_digest = attached.digest(model)
         self.last_switch_seconds = 0.0
@@ -70,9 +71,9 @@ class Deck:
             IntarsiaError: for a name that is taken, a folder that is not whole, an adapter of another base
                 (``any_base=True`` takes that risk) or of other shapes.
         """
-        pairs = [
-            (f.name if isinstance(f, store.Adapter) else Path(f).resolve().name, f) for f in folders
-        ] + list(named.items())
+        pairs = [(f.name if isinstance(f, store.Adapter) else Path(f).resolve().name, f) for f in folders] + list(
+            named.items()
+        )
         fresh: dict[str, store.Adapter] = {}
         for name, source in pairs:
             if name in self._adapters or name in fresh:
@@ -87,9 +88,7 @@ class Deck:
                 None if any_base else self.base_digest,
             )
             edits = {w: edit.to(self._weights[w].device) for w, edit in adapter.edits.items()}
-            fresh[name] = store.Adapter(
-                adapter.name, edits, adapter.base, adapter.method, adapter.about, adapter.note
-            )
+            fresh[name] = store.Adapter(adapter.name, edits, adapter.base, adapter.method, adapter.about, adapter.note)
         with self._lock:
             self._adapters |= fresh
 
@@ -108,9 +107,7 @@ class Deck:
         """Set in the weighted sum of adapters: W' = W + sum_i w_i (edit_i(W) - W), exact on the union of sparse supports."""
         total = dict(weights or {}) | named
         if not total:
-            raise IntarsiaError(
-                "fuse() was given no adapters; say for example deck.fuse(pirate=0.6, json=0.4)"
-            )
+            raise IntarsiaError("fuse() was given no adapters; say for example deck.fuse(pirate=0.6, json=0.4)")
         self._switch({self._known(name): weight for name, weight in total.items()})
 
     def off(self) -> None:
@@ -148,6 +145,7 @@ class Deck:
             raise IntarsiaError(
                 "an adapter was activated on the deck's model; call intarsia.activate(model) to give the weights back"
             )
+        attached.check_unoccupied(self.model, self)
         with self._lock:
             start = time.perf_counter()
             before = self._active
@@ -166,7 +164,7 @@ class Deck:
             bits.write(self._weights[name])
         # Only when all are back: an exception in between leaves every kept bit for the next attempt.
         self._kept, self._active = {}, {}
-        attached.occupy(self.model, None)
+        attached.occupy(self.model, None, self)
 
     def _set_in(self, weights: Mapping[str, float]) -> None:
         terms: dict[str, list[tuple[float, Edit]]] = {}
@@ -175,7 +173,7 @@ class Deck:
                 terms.setdefault(target, []).append((weight, edit))
         placements = {target: place(target, self._weights[target], parts) for target, parts in terms.items()}
         if placements:
-            attached.occupy(self.model, " + ".join(weights))
+            attached.occupy(self.model, " + ".join(weights), self)
         for target, placement in placements.items():
             weight_tensor = self._weights[target]
             self._kept[target] = placement.read(weight_tensor)

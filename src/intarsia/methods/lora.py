@@ -36,6 +36,7 @@ class Lora(Delta):
 
     def __post_init__(self):
         self.require(self.rank >= 1, "rank", "1 or more")
+        self.require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "positive, or none")
         self.require(self.scaling in SCALINGS, "scaling", "one of " + ", ".join(SCALINGS))
 
     @property
@@ -66,9 +67,8 @@ class Lora(Delta):
         return LowRank(p.shape, p.B.detach().clone(), p.A.detach().clone(), self.scale)
 
     def restore(self, edit, site):
-        if edit.scale != self.scale or edit.A.shape[0] != self.rank:
-            raise IntarsiaError(
-                f"{site.name}: the file has rank {edit.A.shape[0]} and scale {edit.scale}; its own config says {self}"
-            )
+        found = (edit.A.shape[0], edit.scale) if isinstance(edit, LowRank) else edit.kind
+        if found != (self.rank, self.scale):
+            raise IntarsiaError(f"{site.name}: the file has (rank, scale) {found}; its own config asks for {self}")
         wide = torch.promote_types(site.weight.dtype, torch.float32)
         return {k: nn.Parameter(t.to(wide, copy=True)) for k, t in edit.tensors().items()}

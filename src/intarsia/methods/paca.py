@@ -10,6 +10,7 @@ the authors' layer refreshes its columns only in some training forwards and cann
 current after every optimizer step and the base returns to the bit.
 """
 
+import math
 from dataclasses import dataclass
 
 from intarsia.forms import Sparse, auto_scale
@@ -38,7 +39,7 @@ class Paca(Sparse):
 
     def __post_init__(self):
         self.require(self.rank >= 1, "rank", "1 or more")
-        self.require(self.alpha is None or self.alpha > 0, "alpha", "positive, or none")
+        self.require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "positive, or none")
         self.require(self.select in SELECT, "select", "one of " + ", ".join(SELECT))
         self.require(self.parameterization in ("delta", "columns"), "parameterization", "delta or columns")
 

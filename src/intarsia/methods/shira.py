@@ -9,6 +9,7 @@ LoRA's learning rates serve (``scale=1.0`` is the paper); Struct trains exactly 
 the calibration size, not fixed in the paper, is whatever data is given; ties go to the lower index.
 """
 
+import math
 from dataclasses import dataclass
 
 from intarsia.forms import Sparse, auto_scale
@@ -33,14 +34,14 @@ class Shira(Sparse):
     name, title, paper = "shira", "SHiRA", "arXiv:2406.13175"
     formula, trained = "W' = W + s * scatter(values, index)", "density * O * I"
     default_lr = 4e-3
-    small = tuple({"density": 0.1, "scorer": s} for s in SCORER_NAMES) + (
-        {"density": 0.2, "granularity": "column"}, {"density": 0.1, "scale": 3.0})  # fmt: skip
+    small = (*({"density": 0.1, "scorer": s} for s in SCORER_NAMES), {"density": 0.2, "granularity": "column"},
+             {"density": 0.1, "scale": 3.0})  # fmt: skip
 
     def __post_init__(self):
         self.require(0 < self.density <= 1, "density", "in (0, 1], a share of the entries")
         self.require(self.scorer in SCORER_NAMES, "scorer", "one of " + ", ".join(SCORER_NAMES))
         self.require(self.granularity in GRANULARITIES, "granularity", "one of " + ", ".join(GRANULARITIES))
-        self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and self.scale > 0),
+        self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and 0 < self.scale < math.inf),
                      "scale", "'auto' or a positive number")  # fmt: skip
         self.require(self.granularity == "element" or self.scorer != "struct", "scorer",
                      "another one with whole columns: struct chooses entries")  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from intarsia._version import __version__
@@ -73,9 +73,7 @@ class Adapter:
     @property
     def digest(self) -> str:
         """SHA-256 over edits and base: equal for equal adapters, whatever their name and notes."""
-        return _digest(
-            self.facts(), {k: tensor_digest(t) for k, t in self.tensors().items()}, self.base.digest
-        )
+        return _digest(self.facts(), {k: tensor_digest(t) for k, t in self.tensors().items()}, self.base.digest)
 
     @property
     def touched(self) -> int:
@@ -110,23 +108,21 @@ def write(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path
         raise IntarsiaError(
             f"{folder} exists already; choose another folder, or pass overwrite=True (--overwrite) to replace it"
         )
-    if (
-        folder.exists()
-        and not (folder / HEAD).exists()
-        and any(folder.iterdir() if folder.is_dir() else [folder])
-    ):
-        raise IntarsiaError(
-            f"{folder} is not an adapter folder, so it is not overwritten; choose another one"
-        )
+    if folder.exists() and not (folder / HEAD).exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise IntarsiaError(f"{folder} is not an adapter folder, so it is not overwritten; choose another one")
     broken = [
-        name
-        for name, tensor in adapter.tensors().items()
-        if tensor.is_floating_point() and not tensor.isfinite().all()
+        name for name, tensor in adapter.tensors().items() if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
     if broken:
         raise IntarsiaError(
             f"not saved: {', '.join(broken[:5])} hold numbers that are not finite; the training diverged, lower the learning rate"
         )
+    try:
+        json.dumps([dict(adapter.method), dict(adapter.about), dict(adapter.note)])
+    except (TypeError, ValueError) as error:
+        raise IntarsiaError(
+            f"not saved: the note holds what is no plain JSON value ({error}); give texts and numbers"
+        ) from error
     aside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -172,21 +168,27 @@ def _fill(aside: Path, adapter: Adapter) -> None:
 
 
 def _swap(aside: Path, folder: Path) -> None:
-    """Put the finished folder in place of the old one; a failure in between puts the old one back."""
+    """Put the finished folder in place of the old one; a failure in between puts the old one back.
+
+    Other files in the old folder, such as a training log, are carried over.
+    """
     if not folder.exists():
         aside.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+    hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+    old = hidden / "adapter"
     try:
-        folder.rename(old / "adapter")
+        folder.rename(old)
         try:
             aside.rename(folder)
-        except OSError:
-            (old / "adapter").rename(folder)
+        except BaseException:
+            old.rename(folder)
             raise
+        for other in [path for path in old.iterdir() if path.name not in (TENSORS, HEAD, CARD)]:
+            other.rename(folder / other.name)
     finally:
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if folder.exists() and not (old.exists() and {p.name for p in old.iterdir()} - {TENSORS, HEAD, CARD}):
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ reading
@@ -200,7 +202,8 @@ def read(folder: str | Path) -> Adapter:
     folder = Path(folder)
     head = _read_head(folder)
     try:
-        tensors = load_file(folder / TENSORS)
+        # Not load_file: it maps the file, and whoever wrote into it later would change what has been checked here.
+        tensors = load((folder / TENSORS).read_bytes())
     except (SafetensorError, OSError, ValueError) as error:
         raise IntarsiaError(
             f"{folder / TENSORS} cannot be read: {error}; it is cut off or not a safetensors file. Fetch it again"
@@ -212,15 +215,15 @@ def read(folder: str | Path) -> Adapter:
         for name in sorted(tensors.keys() & head["tensors"].keys())
         if tensor_digest(tensors[name]) != head["tensors"][name]
     ]
-    edits, more = _build_edits(head["edits"], tensors) if not faults else ({}, [])
-    faults += more
     if not faults and _digest(head["edits"], head["tensors"], head["base"]["digest"]) != head["digest"]:
         faults.append(f"{HEAD} does not match its own digest; it was edited or damaged")
+    edits, more = _build_edits(head["edits"], tensors) if not faults else ({}, [])
+    faults += more
     if faults:
         shown = faults[:10] + ([f"... and {len(faults) - 10} more"] if len(faults) > 10 else [])
         raise IntarsiaError(f"{folder} is not a whole adapter:\n  " + "\n  ".join(shown))
     base = Base(head["base"]["digest"], head["base"]["dtype"], head["base"].get("source", ""))
-    return Adapter(head["name"], edits, base, head["method"], head.get("about", {}), head.get("note", {}))
+    return Adapter(head["name"], edits, base, head["method"], head["about"], head["note"])
 
 
 def _read_head(folder: Path) -> dict[str, Any]:
@@ -232,14 +235,14 @@ def _read_head(folder: Path) -> dict[str, Any]:
         raise IntarsiaError(f"{folder} is not an adapter: it has no {HEAD} (found {found})")
     try:
         head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise IntarsiaError(
             f"{folder / HEAD} cannot be read: {error}; it is cut off or damaged. Fetch it again"
         ) from error
     if not isinstance(head, dict) or not isinstance(head.get("format"), int):
-        raise IntarsiaError(
-            f"{folder / HEAD} does not say which format it is in; it is not an adapter of intarsia"
-        )
+        raise IntarsiaError(f"{folder / HEAD} does not say which format it is in; it is not an adapter of intarsia")
+    if isinstance(head["format"], bool) or head["format"] < 1:
+        raise IntarsiaError(f"{folder / HEAD} says format {head['format']}; there is none below 1. It is damaged")
     if head["format"] > FORMAT:
         raise IntarsiaError(
             f"{folder} is in format {head['format']}; this version reads up to {FORMAT}. Upgrade: pip install -U intarsia"
@@ -247,30 +250,38 @@ def _read_head(folder: Path) -> dict[str, Any]:
     missing = [key for key in REQUIRED if key not in head]
     if missing:
         raise IntarsiaError(f"{folder / HEAD} lacks {', '.join(missing)}; it is damaged")
-    base = head["base"]
-    whole = all(isinstance(head[k], dict) for k in ("method", "base", "edits", "tensors"))
-    if not whole or not isinstance(base.get("digest"), str) or not isinstance(base.get("dtype"), str):
-        raise IntarsiaError(f"{folder / HEAD} is damaged: method, base, edits and tensors must be tables")
+    faults = [
+        f"{where} is {type(value).__name__}, expected {kind.__name__}"
+        for where, value, kind in (
+            *((key, head[key], dict) for key in ("method", "base", "edits", "tensors")),
+            *((key, head.setdefault(key, {}), dict) for key in ("about", "note")),
+            *((key, head[key], str) for key in ("name", "digest")),
+        )
+        if not isinstance(value, kind)
+    ]
+    if not faults:
+        base = {"source": ""} | head["base"]
+        faults = [
+            f"base.{key} is no text" for key in ("digest", "dtype", "source") if not isinstance(base.get(key), str)
+        ]
+    if faults:
+        raise IntarsiaError(f"{folder / HEAD} is damaged: {'; '.join(faults)}")
     return head
 
 
-def _build_edits(
-    facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Edit], list[str]]:
+def _build_edits(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Edit], list[str]]:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         weight, _, part = name.rpartition(".")
         parts.setdefault(weight, {})[part] = tensor
-    faults = [
-        f"{weight}: tensors of a weight that has no edit" for weight in sorted(parts.keys() - facts.keys())
-    ]
+    faults = [f"{weight}: tensors of a weight that has no edit" for weight in sorted(parts.keys() - facts.keys())]
     edits = {}
     for weight, fact in facts.items():
         try:
             edits[weight] = build_edit(fact["type"], _shape(fact["shape"]), parts.get(weight, {}), fact)
         except IntarsiaError as error:
             faults.append(f"{weight}: {error}")
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             faults.append(f"{weight}: its entry in {HEAD} is damaged")
     return edits, faults
 

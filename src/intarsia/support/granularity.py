@@ -111,7 +111,7 @@ class Column:
 
     @staticmethod
     def reduce(scores: Tensor) -> Tensor:
-        return scores.sum(0)
+        return scores.norm(dim=0)
 
     @staticmethod
     def gather(W: Tensor, index: Tensor) -> Tensor:
