@@ -46,12 +46,8 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path):
     write(files[0], PROMPTS)
     files[1].write_text(json.dumps(PROMPTS))
     write(files[2], PROMPTS)  # lines under the name .json
-    files[3].write_text(
-        "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in PROMPTS)
-    )
-    files[4].write_text(
-        "prompt\tcompletion\n" + "".join(f"{r['prompt']}\t{r['completion']}\n" for r in PROMPTS)
-    )
+    files[3].write_text("prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in PROMPTS))
+    files[4].write_text("prompt\tcompletion\n" + "".join(f"{r['prompt']}\t{r['completion']}\n" for r in PROMPTS))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PROMPTS), files[5])
     expected = [(e.input_ids, e.labels) for e in load(files[0])[0]]
     assert len(expected) == 5
@@ -207,9 +203,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
 
 def test_a_template_that_raises_is_a_bad_row(tmp_path):
     tokenizer = toy_tokenizer("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(
-        IntarsiaError, match=r"line 1: the chat template refuses these messages \(roles must alternate"
-    ):
+    with pytest.raises(IntarsiaError, match=r"line 1: the chat template refuses these messages \(roles must alternate"):
         load(write(tmp_path / "a.jsonl", [{"messages": turns("a", "b")}]), tokenizer)
 
 
@@ -243,9 +237,7 @@ def test_format_given_is_obeyed_and_a_wrong_one_named(tmp_path):
 
 
 def test_fields_of_no_shape_are_an_error_that_lists_the_shapes(tmp_path):
-    with pytest.raises(
-        IntarsiaError, match=r"found 'answer', 'question'.*\n.*\n  alpaca: instruction, output"
-    ):
+    with pytest.raises(IntarsiaError, match=r"found 'answer', 'question'.*\n.*\n  alpaca: instruction, output"):
         load(write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}]))
 
 
@@ -333,9 +325,7 @@ def test_a_table_row_of_another_width_is_bad(tmp_path, line, reason):
 
 def test_a_cut_answer_is_counted(tmp_path):
     tokenizer = toy_tokenizer()
-    path = write(
-        tmp_path / "a.jsonl", [{"prompt": "abcd", "completion": "efgh"}, {"prompt": "a", "completion": "b"}]
-    )
+    path = write(tmp_path / "a.jsonl", [{"prompt": "abcd", "completion": "efgh"}, {"prompt": "a", "completion": "b"}])
     examples, report = load(path, tokenizer, max_length=6)
     assert report.cut == 1
     assert trained_text(examples[0], tokenizer) == "ef"

@@ -1,0 +1,187 @@
+"""A run before it runs: everything loaded and checked, nothing written yet, and what it will take."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intarsia import registry
+from intarsia.errors import IntarsiaError
+from intarsia.method import Method
+from intarsia.model import attached_names, digest
+from intarsia.pretrained import Pretrained
+from intarsia.pretrained import load as load_pretrained
+from intarsia.site import find_sites
+from intarsia.train.config import Config
+from intarsia.train.data import BatchView, DataReport, Example, load_examples, split
+from intarsia.train.data import show_batch as view
+from intarsia.train.progress import Progress, size
+
+MUCH_TOO_LOW = 8  # a learning rate that many times below the method's own gets a warning
+STATE_BYTES = {"adamw": 8, "adafactor": 4, "sgd": 0}  # of optimizer state for a trained number; adafactor: at most
+
+# What may change between a run and its continuation without changing the result.
+FREE = ("output", "overwrite", "train.log_every", "train.eval_every", "train.save_every")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will train and take."""
+
+    trained: int  # numbers
+    base: int  # numbers of the base
+    sites: int
+    optimizer_bytes: int
+    checkpoint_bytes: int
+    steps: int
+    rows: int
+    held_out: int
+    tokens: int  # that go through the model in the whole run, padding aside
+    lr: float
+
+    @property
+    def share(self) -> float:
+        """Trained numbers as a share of the base's."""
+        return self.trained / self.base
+
+    def __str__(self) -> str:
+        return (
+            f"{self.trained:,} numbers trained at {self.sites} weights ({self.share:.2%} of the base), "
+            f"{size(self.optimizer_bytes)} of optimizer state; {self.steps} steps, about {self.tokens:,} tokens, "
+            f"lr {self.lr:g}; {self.rows} rows to train on, {self.held_out} held out"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked as far as it can be without starting it."""
+
+    config: Config
+    method: Method
+    pretrained: Pretrained
+    train: list[Example]
+    held_out: list[Example]
+    reports: list[DataReport]
+    estimate: Estimate
+    settings: Mapping[str, Any]  # everything that the result depends on, flat: {"train.lr": 0.001, ...}
+
+    def warnings(self) -> list[str]:
+        """What is probably not meant so."""
+        found = []
+        usual, lr = self.method.default_lr, self.estimate.lr
+        if self.config.train.optimizer == "adamw" and lr < usual / MUCH_TOO_LOW:
+            found.append(
+                f"train.lr={lr:g} is {usual / lr:.0f} times below what {self.method.name} was measured to want "
+                f"({usual:g}); it will learn slowly, if at all. Leave train.lr out to use that"
+            )
+        for report in self.reports:
+            skipped = sum(report.skipped.values())
+            found += [f"{report.path}: {skipped} bad rows skipped"] if skipped else []
+            found += [f"{report.path}: {report.cut} rows cut short by train.max_length"] if report.cut else []
+        return found
+
+
+def plan(config: Config, pretrained: Pretrained | None = None, progress: Progress | None = None) -> Plan:
+    """Load the model and the data of a config and check all of it. Nothing is written, nothing is attached.
+
+    ``pretrained``: a model that is loaded already, without adapters, instead of the config's; it is not changed.
+    Raises IntarsiaError for anything that would stop the run later on.
+    """
+    progress = progress or Progress()
+    method = registry.build(config.method)
+    if pretrained is None:
+        device = "cuda" if torch.cuda.is_available() else None
+        pretrained = load_pretrained(config.model, dtype=config.dtype, device=device, progress=progress.say)
+    model = pretrained.model
+    if attached_names(model):
+        raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
+    sites = find_sites(model, config.targets, config.exclude)
+    train, held_out, reports = load_data(config, pretrained)
+    shapes = [(layer.out_features, layer.in_features) for layer in sites.values()]
+    trained = sum(method.trained_count(shape) for shape in shapes)
+    steps = step_count(config, len(train))
+    optimizer = trained * STATE_BYTES[config.train.optimizer]
+    per_row = sum(len(e.input_ids) for e in train) / len(train)
+    estimate = Estimate(
+        trained=trained,
+        base=sum(p.numel() for p in model.parameters()),
+        sites=len(sites),
+        optimizer_bytes=optimizer,
+        checkpoint_bytes=optimizer + trained * (4 + 8),  # values and, at worst, an index each
+        steps=steps,
+        rows=len(train),
+        held_out=len(held_out),
+        tokens=round(per_row * _rows_seen(config, len(train), steps)),
+        lr=config.train.lr or method.default_lr,
+    )
+    return Plan(config, method, pretrained, train, held_out, reports, estimate, settings(config, method, pretrained))
+
+
+def step_count(config: Config, rows: int) -> int:
+    """Optimizer steps of the run."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, math.ceil((config.train.epochs or 1) * _steps_an_epoch(config, rows)))
+
+
+def _steps_an_epoch(config: Config, rows: int) -> int:
+    return math.ceil(math.ceil(rows / config.train.batch_size) / config.train.accumulate)
+
+
+def _rows_seen(config: Config, rows: int, steps: int) -> int:
+    epochs, more = divmod(steps, _steps_an_epoch(config, rows))
+    return epochs * rows + min(rows, more * config.train.batch_size * config.train.accumulate)
+
+
+def load_data(config: Config, pretrained: Pretrained) -> tuple[list[Example], list[Example], list[DataReport]]:
+    """(train, held out, reports) of a config's data, encoded for this model."""
+    data, longest = config.data, config.train.max_length
+    context = getattr(pretrained.model.config, "max_position_embeddings", None)
+    longest = min(longest, context) if isinstance(context, int) else longest
+
+    def load(path: str) -> tuple[list[Example], DataReport]:
+        return load_examples(
+            path,
+            pretrained.tokenizer,
+            format=data.format,
+            max_length=longest,
+            skip_bad_rows=data.skip_bad_rows,
+        )
+
+    examples, report = load(data.train)
+    if data.eval is None:
+        train, held_out = split(examples, data.eval_share, config.seed, data.eval_rows)
+        return train, held_out, [report]
+    held_out, eval_report = load(data.eval)
+    return examples, held_out[: data.eval_rows], [report, eval_report]
+
+
+def show_batch(config: Config, rows: int = 4, pretrained: Pretrained | None = None) -> BatchView:
+    """What is trained and what is masked in the first rows of a config's data, token by token."""
+    pretrained = pretrained or load_pretrained(config.model, dtype=config.dtype)
+    return view(load_data(config, pretrained)[0], pretrained.tokenizer, rows)
+
+
+def settings(config: Config, method: Method, pretrained: Pretrained) -> dict[str, Any]:
+    """All that the result of a run depends on: the config without what is free, the data and the base by digest."""
+    flat = _flat(config.model_dump(mode="json") | {"method": method.config()})
+    files = {"data.train": config.data.train, "data.eval": config.data.eval}
+    digests = {
+        f"contents of {key}": hashlib.sha256(Path(path).read_bytes()).hexdigest() for key, path in files.items() if path
+    }
+    return (
+        {k: v for k, v in flat.items() if k not in FREE} | digests | {"weights of the base": digest(pretrained.model)}
+    )
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat

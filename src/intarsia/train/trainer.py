@@ -1,0 +1,473 @@
+"""Training on top of transformers.Trainer. Ours are: what a checkpoint holds, how it is written, and what is reported.
+
+A run that is killed at any moment and started again by the same command ends in the same adapter, to the bit, as the
+run that was never killed: a checkpoint holds the adapter with its support, the optimizer, the schedule, the random
+generators and the place in the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from intarsia.errors import IntarsiaError
+from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state, save
+from intarsia.pretrained import Pretrained
+from intarsia.train.config import Config
+from intarsia.train.data import Collator, Example, collator
+from intarsia.train.plan import Plan, plan
+from intarsia.train.plots import loss_curve
+from intarsia.train.progress import Log, Pace, Progress, clock
+from intarsia.train.unfinished import LOG, Unfinished, step_of
+
+ADAPTER = "default"  # its name on the model while it is trained
+OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
+REPORT, CURVE, CONFIG = "report.json", "loss.png", "config.yaml"
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A run that was asked to stop (Ctrl-C, SIGTERM) and has saved a checkpoint. ``exit_code``: as a shell gives it."""
+
+    def __init__(self, step: int, signal_number: int) -> None:
+        super().__init__(f"stopped after step {step}; a checkpoint is saved, the same command goes on from there")
+        self.step, self.exit_code = step, 128 + signal_number
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. Losses are nats a trained token, over all held-out rows."""
+
+    output: str
+    digest: str  # of the adapter
+    steps: int
+    resumed_from: int | None  # step
+    train_loss: float  # of the last step
+    base_loss: float | None
+    eval_loss: float | None
+    trained: int  # numbers
+    share: float  # of the base's numbers
+    lr: float
+    tokens: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        held = (
+            f", held-out loss {self.base_loss:.4f} -> {self.eval_loss:.4f}" if self.base_loss and self.eval_loss else ""
+        )
+        return f"{self.output}: {self.steps} steps in {clock(self.seconds)}{held}"
+
+
+def train(
+    config: Config,
+    *,
+    pretrained: Pretrained | None = None,
+    progress: Progress | None = None,
+    resume: Literal["auto", "never"] = "auto",
+) -> Outcome:
+    """Train one adapter and write it to ``config.output``, with the log, the loss curve, the config and a report.
+
+    A run that was cut short is gone on with if ``<output>.unfinished`` holds its checkpoint; ``resume="never"`` begins
+    anew. The global random generators are left as they were.
+
+    Args:
+        pretrained: a loaded model without adapters to train on, instead of loading the config's; given back as it was.
+
+    Raises:
+        IntarsiaError: for a mistake in the config, the data or the output, found before anything is written; for a
+            checkpoint or an adapter that could not be written; for a loss that is not finite.
+        TrainingStopped: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    progress = progress or Progress()
+    with progress, _own_randomness(), _quiet_libraries():
+        ready = plan(config, pretrained, progress)
+        state = Unfinished(config.output)
+        restart = resume == "never"
+        state.check(ready.settings, config.overwrite, restart, ready.estimate.checkpoint_bytes)
+        progress.say(str(ready.estimate))
+        for warning in ready.warnings():
+            progress.warn(warning)
+        with _attached(ready, progress), state.held(ready.settings, restart):
+            outcome = _Run(ready, state, progress).go()
+        state.remove()
+        progress.say(str(outcome))
+        return outcome
+
+
+class _Run:
+    """The part of a run that writes."""
+
+    def __init__(self, ready: Plan, state: Unfinished, progress: Progress) -> None:
+        self.ready, self.state, self.progress = ready, state, progress
+        self.model: nn.Module = ready.pretrained.model
+        self.collate = collator(ready.pretrained.tokenizer)
+        self.log = Log(state.folder / LOG)
+        self.steps = ready.estimate.steps
+
+    def go(self) -> Outcome:
+        checkpoint = self.state.checkpoint()
+        first = step_of(checkpoint) if checkpoint else 0
+        self.log.keep_until(first)
+        base_loss = self._held_out(0, "base, held out") if self.ready.method.starts_as_identity else self._base_loss()
+        if checkpoint:
+            self.progress.say(f"going on from the checkpoint of step {first}")
+            load_adapter_state(self.model, ADAPTER, load_file(checkpoint / "adapter.safetensors"))
+        if first < self.steps:
+            self._steps(checkpoint, first)
+        eval_loss = self._held_out(self.steps, "held out")
+        return self._finish(base_loss, eval_loss, first or None)
+
+    def _steps(self, checkpoint: Path | None, first: int) -> None:
+        with _Signals(self.progress) as signals:
+            trainer = AdapterTrainer(self, signals, first)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if signals.caught is not None:
+                raise TrainingStopped(trainer.state.global_step, signals.caught)
+
+    def _base_loss(self) -> float | None:
+        activate(self.model)
+        try:
+            return self._held_out(0, "base, held out")
+        finally:
+            activate(self.model, ADAPTER)
+
+    def _held_out(self, step: int, what: str) -> float | None:
+        """The held-out loss after a step: from the log if it is known, otherwise computed and logged."""
+        if not self.ready.held_out:
+            return None
+        known = [e["eval_loss"] for e in self.log.events if e["event"] == "eval" and e["step"] == step]
+        if known:
+            return float(known[-1])
+        size = self.ready.config.train.batch_size
+        loss = held_out_loss(self.model, self.ready.held_out, self.collate, size, self.progress)
+        self.log.write("eval", step=step, eval_loss=loss)
+        self.progress.say(f"step {step}: {what} loss {loss:.4f}")
+        return loss
+
+    def _finish(self, base_loss: float | None, eval_loss: float | None, resumed_from: int | None) -> Outcome:
+        ready, log = self.ready, self.log
+        output = Path(ready.config.output)
+        last = next(e for e in reversed(log.events) if e["event"] == "step")
+        note = {
+            "steps": self.steps,
+            "learning rate": ready.estimate.lr,
+            "rows trained on": len(ready.train),
+            "training loss": last["loss"],
+            **({"held-out loss": eval_loss, "held-out loss of the base": base_loss} if eval_loss is not None else {}),
+        }
+        outcome = Outcome(
+            output=str(output),
+            digest=export(self.model, ADAPTER).digest,
+            steps=self.steps,
+            resumed_from=resumed_from,
+            train_loss=last["loss"],
+            base_loss=base_loss,
+            eval_loss=eval_loss,
+            trained=ready.estimate.trained,
+            share=ready.estimate.share,
+            lr=ready.estimate.lr,
+            tokens=last["tokens"],
+            seconds=last["seconds"],
+            warnings=ready.warnings(),
+        )
+        self.state.begin_saving(ready.settings)
+        try:
+            save(self.model, output, ADAPTER, note=note, overwrite=True)
+        except IntarsiaError as error:
+            raise IntarsiaError(f"{error}{self.state.after_failure()}") from error
+        log.write("end", step=self.steps, output=str(output), digest=outcome.digest)
+        (output / LOG).write_bytes(log.path.read_bytes())
+        (output / CONFIG).write_text(yaml.safe_dump(ready.config.model_dump(mode="json"), sort_keys=False))
+        (output / REPORT).write_text(
+            json.dumps(asdict(outcome) | {"data": [asdict(report) for report in ready.reports]}, indent=2) + "\n"
+        )
+        loss_curve(log.events, output / CURVE, f"{output.name}: {ready.method.title} on {ready.pretrained.name}")
+        return outcome
+
+
+class AdapterTrainer(Trainer):
+    """transformers.Trainer, whose checkpoints hold the adapter and nothing of the base, written whole or not at all."""
+
+    def __init__(self, run: _Run, signals: _Signals, first: int) -> None:
+        self.run, self.signals = run, signals
+        self.aside: Path | None = None
+        self.pace = Pace(run.steps, first)
+        before = [e for e in run.log.events if e["event"] == "step"]
+        self.tokens_before: int = before[-1]["tokens"] if before else 0
+        self.seconds_before: float = before[-1]["seconds"] if before else 0.0
+        self.begun = time.monotonic()
+        super().__init__(
+            model=run.model,
+            args=_arguments(run),
+            data_collator=run.collate,
+            train_dataset=run.ready.train,
+            eval_dataset=run.ready.held_out or None,
+            callbacks=[_AfterStep(self)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    # --- what a checkpoint holds, and how it is written and read
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if (last := self.run.state.checkpoint()) and step_of(last) == step:
+            return
+        with self.run.state.new_checkpoint(step) as aside:
+            self.aside = aside
+            try:
+                super()._save_checkpoint(model, trial)
+                inner = aside / f"checkpoint-{step}"
+                for path in inner.iterdir():
+                    path.rename(aside / path.name)
+                inner.rmdir()
+            finally:
+                self.aside = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.aside or super()._get_output_dir(trial))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: t.cpu().contiguous() for k, t in adapter_state(self.run.model, ADAPTER).items()}
+        save_file(state, folder / "adapter.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        pass  # _Run has loaded the adapter already
+
+    # --- what is reported
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.pace.tokens += int(inputs["attention_mask"].sum())
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" not in logs:  # the summary at the end; ours is the report
+            return
+        step, loss = self.state.global_step, logs["loss"]
+        status = self.pace.after(step, loss=loss, lr=logs["learning_rate"])
+        self.run.log.write(
+            "step",
+            step=step,
+            loss=loss,
+            lr=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
+            tokens=self.tokens_before + self.pace.tokens,
+            tokens_per_second=status.tokens_per_second,
+            memory_bytes=status.memory,
+            seconds=self.seconds_before + time.monotonic() - self.begun,
+        )
+        self.run.progress.step(status)
+        if not math.isfinite(loss):
+            raise IntarsiaError(
+                f"the loss is {loss} at step {step}: the training diverged. Lower train.lr (it is "
+                f"{self.run.ready.estimate.lr:g}) and begin anew with resume='never' (--restart)"
+            )
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        return {"eval_loss": self.run._held_out(self.state.global_step, "held out") or math.nan}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        config = self.run.ready.config.train
+        factor = functools.partial(schedule, steps=self.run.steps, warmup=config.warmup, kind=config.schedule)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # nobody reads it, and counting goes over all parameters at every step
+
+
+class _AfterStep(TrainerCallback):
+    """Moves the live line, and ends the run after a step if a signal came."""
+
+    def __init__(self, trainer: AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        if not control.should_log:  # otherwise the line comes with the loss
+            trainer.run.progress.step(trainer.pace.after(state.global_step))
+        if trainer.signals.caught is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
+class _Signals:
+    """Within the block, Ctrl-C and SIGTERM are noted instead of obeyed; a second one is obeyed at once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.caught: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt
+        self.caught = number
+        self.progress.warn("stopping after this step with a checkpoint; once more: stop at once, without one")
+
+
+def _arguments(run: _Run) -> TrainingArguments:
+    config = run.ready.config.train
+    recompute = "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else None
+    recompute = recompute or "gradient_checkpointing"
+    options = (
+        {recompute: True, f"{recompute}_kwargs": {"use_reentrant": False}} if config.gradient_checkpointing else {}
+    )
+    arguments = TrainingArguments(
+        output_dir=str(run.state.folder),
+        max_steps=run.steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=run.ready.estimate.lr,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=OPTIMIZERS[config.optimizer],
+        seed=run.ready.config.seed,
+        data_seed=run.ready.config.seed,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if run.ready.held_out else "no",
+        eval_steps=config.eval_every or math.ceil(run.steps / 4),
+        save_strategy="steps",
+        save_steps=config.save_every or math.ceil(run.steps / 10),
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=next(run.model.parameters()).device.type == "cpu",
+        **options,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel copies modules, and a copy of a live weight is nobody's
+    return arguments
+
+
+def schedule(step: int, *, steps: int, warmup: float, kind: str) -> float:
+    """The share of the highest learning rate in step 0, 1, ... No step is wasted at rate 0, as in common warmups."""
+    rising = math.ceil(steps * warmup) if warmup < 1 else int(warmup)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    done = min(1.0, (step - rising) / max(1, steps - rising))
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    collate: Collator,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> float:
+    """The mean loss of a trained token over all examples, whatever the batches. In eval mode, restored afterwards."""
+    device = next(model.parameters()).device
+    training, total, count = model.training, 0.0, 0
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    model.eval()
+    try:
+        for start in range(0, len(by_length), batch_size):
+            chosen = by_length[start : start + batch_size]
+            batch = {k: t.to(device) for k, t in collate(chosen).items()}
+            trained = sum(example.trained for example in chosen)
+            total += float(model(**batch).loss) * trained
+            count += trained
+            if progress:
+                progress.work(start + len(chosen), len(by_length), "evaluating")
+    finally:
+        model.train(training)
+    return total / count
+
+
+def calibration_batches(ready: Plan) -> list[dict[str, torch.Tensor]]:
+    """Batches for methods that choose by gradient: rows taken evenly from the training data."""
+    config = ready.config.train
+    device = next(ready.pretrained.model.parameters()).device
+    wanted = min(len(ready.train), config.batch_size * config.calibration_batches)
+    rows = [ready.train[i * len(ready.train) // wanted] for i in range(wanted)]
+    collate = collator(ready.pretrained.tokenizer)
+    chunks = [rows[i : i + config.batch_size] for i in range(0, wanted, config.batch_size)]
+    return [{k: t.to(device) for k, t in collate(chunk).items()} for chunk in chunks]
+
+
+@contextlib.contextmanager
+def _attached(ready: Plan, progress: Progress) -> Iterator[None]:
+    """Within the block the adapter is on the model; afterwards the model is as it came."""
+    model = ready.pretrained.model
+    caching, training = model.config.use_cache, model.training
+    try:
+        attach(
+            model,
+            ready.method,
+            ready.config.targets,
+            name=ADAPTER,
+            exclude=ready.config.exclude,
+            data=calibration_batches(ready) if ready.method.needs_gradient() else None,
+            seed=ready.config.seed,
+            progress=progress.work,
+        )
+        yield
+    finally:
+        if ADAPTER in attached_names(model):
+            detach(model, ADAPTER)
+        model.config.use_cache = caching
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Whatever happens within, the global random generators are as before afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """transformers and accelerate say nothing but errors."""
+    level, accelerate = transformers_logging.get_verbosity(), logging.getLogger("accelerate")
+    before = accelerate.level
+    transformers_logging.set_verbosity_error()
+    accelerate.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        accelerate.setLevel(before)
