@@ -1,31 +1,62 @@
-"""intarsia: sparse high-rank adapters, set into the base weights and taken out again to the bit."""
+"""intarsia: sparse high-rank adapters, set into the base weights and taken out again to the bit.
 
-from intarsia import registry
+The names below are found when they are first used, so that ``intarsia --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from intarsia._version import __version__
-from intarsia.deck import Deck
 from intarsia.errors import IntarsiaError
-from intarsia.method import Method
-from intarsia.methods import Dora, Lora, Paca, Shira
-from intarsia.model import (
-    activate,
-    active_names,
-    adapter_state,
-    attach,
-    attached_names,
-    detach,
-    digest,
-    export,
-    load,
-    load_adapter_state,
-    rows,
-    save,
-    sync,
-)
-from intarsia.registry import register
-from intarsia.store import Adapter, read
+
+if TYPE_CHECKING:
+    from intarsia import registry
+    from intarsia.deck import Deck
+    from intarsia.method import Method
+    from intarsia.methods import Dora, Lora, Paca, Shira
+    from intarsia.model import (
+        activate,
+        active_names,
+        adapter_state,
+        attach,
+        attached_names,
+        detach,
+        digest,
+        export,
+        load,
+        load_adapter_state,
+        rows,
+        save,
+        sync,
+    )
+    from intarsia.registry import register
+    from intarsia.store import Adapter, read
 
 __all__ = [
     "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
     "load_adapter_state", "read", "register", "registry", "rows", "save", "sync",
 ]  # fmt: skip
+
+_PLACES = {
+    "Adapter": "store", "Deck": "deck", "Dora": "methods", "Lora": "methods", "Method": "method", "Paca": "methods",
+    "Shira": "methods", "activate": "model", "active_names": "model", "adapter_state": "model", "attach": "model",
+    "attached_names": "model", "detach": "model", "digest": "model", "export": "model", "load": "model",
+    "load_adapter_state": "model", "read": "store", "register": "registry", "rows": "model", "save": "model",
+    "sync": "model",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "registry":
+        return importlib.import_module("intarsia.registry")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'intarsia' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"intarsia.{_PLACES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

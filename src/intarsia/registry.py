@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import importlib.metadata
 import typing
 from collections.abc import Mapping
@@ -52,7 +53,8 @@ def register(cls: M) -> M:
 
 
 @functools.cache
-def _load_entry_points() -> None:
+def _load() -> None:
+    importlib.import_module("intarsia.methods")  # by name, as the others: methods import this module, not it them
     for point in importlib.metadata.entry_points(group=GROUP):
         try:
             register(point.load())
@@ -65,7 +67,7 @@ def _load_entry_points() -> None:
 
 def methods() -> dict[str, type[Method]]:
     """Every known method, by name, in alphabetical order."""
-    _load_entry_points()
+    _load()
     return dict(sorted(_METHODS.items()))
 
 
