@@ -1,0 +1,71 @@
+"""The singular values of a change, and what they say about its rank. Pure functions.
+
+O out_features, I in_features, r rank; s is always a row of singular values, largest first, not negative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from intarsia.edits import Edit, LowRank, Sparse
+from intarsia.errors import IntarsiaError
+
+
+def needs_weight(edit: Edit) -> bool:
+    """Whether what the edit adds depends on the weight that it is set into."""
+    return not isinstance(edit, Sparse | LowRank)
+
+
+def change_of(edit: Edit, weight: Tensor | None = None) -> Tensor:
+    """What the edit adds to the weight, in float32 or wider. (O, I).
+
+    Raises:
+        IntarsiaError: for an edit that depends on the weight (a rescaled one) when no weight is given.
+    """
+    if weight is not None:
+        return edit.delta(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+    if needs_weight(edit):
+        raise IntarsiaError(f"what a {edit.kind} edit changes depends on the weight: give the base's weight")
+    return edit.delta(torch.zeros(edit.shape))
+
+
+def singular_values(change: Tensor) -> Tensor:
+    """Singular values of a matrix, largest first, in float32 or wider. (O, I) -> (min(O, I),).
+
+    Rows and columns of zeros, of which a sparse change has many, are left out of the work: they add zeros only.
+    """
+    matrix = change.detach().to(torch.promote_types(change.dtype, torch.float32))
+    inner = matrix[matrix.any(dim=1)][:, matrix.any(dim=0)]
+    found = torch.linalg.svdvals(inner) if inner.numel() else matrix.new_empty(0)
+    return torch.cat([found, found.new_zeros(min(matrix.shape) - len(found))])
+
+
+def spectrum(edit: Edit, weight: Tensor | None = None) -> Tensor:
+    """Singular values of what an edit adds, largest first. -> (min(O, I),).
+
+    A low-rank edit is never multiplied out: with B = Q R and A^T = P S its values are those of the r x r matrix R S^T.
+    """
+    if not isinstance(edit, LowRank) or edit.A.shape[0] >= min(edit.shape):
+        return singular_values(change_of(edit, weight))
+    R = torch.linalg.qr(edit.B.float(), mode="r").R  # (r, r)
+    S = torch.linalg.qr(edit.A.mT.float(), mode="r").R
+    found = torch.linalg.svdvals(abs(edit.scale) * (R @ S.mT))
+    return torch.cat([found, found.new_zeros(min(edit.shape) - len(found))])
+
+
+def effective_rank(s: Tensor) -> float:
+    """exp of the entropy of s / sum(s) (Roy & Vetterli 2007): n for n equal values, 1 for one, 0 for none."""
+    share = s[s > 0] / s.sum()
+    return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+
+
+def stable_rank(s: Tensor) -> float:
+    """||.||_F^2 / ||.||_2^2: never above the rank, and deaf to small singular values; 0 for no change."""
+    return float(s.square().sum() / s[0].square()) if len(s) and s[0] > 0 else 0.0
+
+
+def energy_share(s: Tensor, k: int) -> float:
+    """The share of ||.||_F^2 that the k largest singular values hold, 0..1; 0 for no change."""
+    total = s.square().sum()
+    return float(s[:k].square().sum() / total) if total > 0 else 0.0

@@ -1,0 +1,74 @@
+"""Adapters as they are named on a command line: a folder, or NAME=FOLDER."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from intarsia.errors import IntarsiaError
+
+if TYPE_CHECKING:
+    from intarsia.pretrained import Pretrained
+    from intarsia.store import Adapter
+    from intarsia.train.progress import Progress
+
+
+def read_adapters(given: Iterable[str]) -> dict[str, Adapter]:
+    """Read every folder, under its own name or the one given with it. All mistakes at once.
+
+    Raises:
+        IntarsiaError: for folders that are not whole, and names that are taken twice.
+    """
+    from intarsia import store
+
+    found: dict[str, Adapter] = {}
+    faults: list[str] = []
+    for text in given:
+        name, sign, folder = text.partition("=")
+        if not sign or Path(text).exists():
+            name, folder = Path(text).resolve().name, text
+        try:
+            if name in found:
+                raise IntarsiaError(f"two adapters are named {name!r}; give one another name: other={folder}")
+            if not name or any(c.isspace() or c in "=/" for c in name):
+                raise IntarsiaError(f"{text!r}: an adapter's name has no spaces, '=' or '/'; name it: other={folder}")
+            found[name] = dataclasses.replace(store.read(folder), name=name)
+        except IntarsiaError as error:
+            faults.append(str(error))
+    if faults:
+        raise IntarsiaError("\n".join(faults))
+    return found
+
+
+def base_of(adapters: Mapping[str, Adapter], model: str | None) -> str:
+    """The model to load: the one that was named, else the one that all adapters say they were made on."""
+    bases = {name: adapter.base.digest for name, adapter in adapters.items()}
+    if len(set(bases.values())) > 1:
+        lines = [
+            f"  {name}: {adapters[name].base.source or 'a model'}, {digest[:12]}" for name, digest in bases.items()
+        ]
+        raise IntarsiaError("these adapters belong to different bases:\n" + "\n".join(lines))
+    if model is not None:
+        return model
+    sources = [adapter.base.source for adapter in adapters.values() if adapter.base.source]
+    if not sources:
+        raise IntarsiaError(f"{', '.join(adapters)}: the file does not say which model it belongs to; name it: --model")
+    return sources[0]
+
+
+def load_model(name: str, progress: Progress, *, named: bool = True, adapters: Sequence[str] = ()) -> Pretrained:
+    """Load a model, on the GPU where there is one. ``named=False``: the name comes from an adapter's file."""
+    import torch
+
+    from intarsia import pretrained
+
+    try:
+        return pretrained.load(name, device="cuda" if torch.cuda.is_available() else None, progress=progress.say)
+    except IntarsiaError as error:
+        if named:
+            raise
+        raise IntarsiaError(
+            f"{error}\n{', '.join(adapters)} was made on that model; name it where it is now: --model"
+        ) from error

@@ -1,0 +1,164 @@
+"""``intarsia methods [NAME]``: every method, or one in full."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intarsia.cli import terminal
+
+if TYPE_CHECKING:
+    from intarsia.method import Method
+    from intarsia.registry import Variant
+
+EXAMPLES = ((576, 576), (1536, 576), (4096, 4096))  # (O, I), for the trained counts of one method
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Every method: role, formula, trained numbers, learning rate, paper."""
+    from intarsia import registry
+
+    if name is not None:
+        cls, variant = registry.find(name), registry.variants().get(name)
+        return terminal.print_json(_row(cls, variant)) if json else _print_one(cls, variant)
+    known = registry.methods()
+    rows = [_row(cls) for cls in known.values()]
+    rows += [_row(known[v.method], v) for v in registry.variants().values()]
+    rows.sort(key=lambda row: str(row["id"]))
+    return terminal.print_json(rows) if json else _print_all(rows)
+
+
+def _row(cls: type[Method], variant: Variant | None = None) -> dict[str, Any]:
+    """All that is known of a method or a named variant, as plain JSON values."""
+    named = variant or cls
+    return {
+        "id": named.name,
+        "kind": cls.kind,
+        "role": cls.role,
+        "title": named.title,
+        "formula": named.formula,
+        "trained": cls.trained,
+        "mergeable": cls.mergeable,
+        "starts_as_identity": cls.starts_as_identity,
+        "needs_data": _needs_data(cls),
+        "default_lr": cls.default_lr,
+        "paper": named.paper,
+        "variant_of": variant.method if variant else None,
+        "fields": _fields(cls, variant),
+    }
+
+
+def _needs_data(cls: type[Method]) -> str:
+    """``no``, ``yes``, or ``some settings``: whether attaching needs calibration data."""
+    found = {_build(cls, setting).needs_gradient() for setting in cls.small}
+    return "some settings" if len(found) > 1 else "yes" if True in found else "no"
+
+
+def _build(cls: type[Method], setting: Any) -> Method:
+    from intarsia import registry
+
+    return registry.build({"name": cls.name, **setting})
+
+
+def _fields(cls: type[Method], variant: Variant | None) -> list[dict[str, Any]]:
+    fixed = variant.fields if variant else {}
+    return [
+        {
+            "name": field.name,
+            "type": field.type if isinstance(field.type, str) else inspect.formatannotation(field.type),
+            "default": _default(field),
+            "help": field.metadata.get("help", ""),
+        }
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.name not in fixed
+    ]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    from intarsia.method import Method
+
+    if field.default is dataclasses.MISSING:
+        return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+    return field.default.config() if isinstance(field.default, Method) else field.default
+
+
+def _print_all(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("id", "title", "role"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("formula")
+    table.add_column("trained a weight")
+    for column in ("mergeable", "needs data", "lr", "paper"):
+        table.add_column(column, no_wrap=column == "lr")
+    for row in rows:
+        table.add_row(
+            f"[bold cyan]{row['id']}[/]",
+            row["title"],
+            row["role"],
+            _literal(row["formula"]),
+            _literal(row["trained"]),
+            "yes" if row["mergeable"] else "no",
+            row["needs_data"],
+            f"{row['default_lr']:g}",
+            row["paper"],
+        )
+    out = terminal.output()
+    out.print(table)
+    out.print("\n[dim]intarsia methods NAME: one in full, with its fields[/]")
+
+
+def _literal(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _print_one(cls: type[Method], variant: Variant | None) -> None:
+    from rich.table import Table
+
+    out, row = terminal.output(), _row(cls, variant)
+    if variant:
+        preset = ", ".join(f"{k}={v}" for k, v in variant.fields.items())
+        out.print(
+            f"[bold]{variant.title}[/]: {cls.title} with {preset}.    {_literal(variant.formula)}\n{variant.paper}\n"
+        )
+    out.print(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""), markup=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("field", "type", "default", "meaning"):
+        table.add_column(column, no_wrap=column == "field")
+    for field in row["fields"]:
+        shown = _yaml(field["default"])
+        table.add_row(f"[cyan]{field['name']}[/]", _literal(field["type"]), _literal(shown), _literal(field["help"]))
+    out.print()
+    out.print(table)
+    out.print()
+    out.print(f"role {row['role']}, mergeable: {'yes' if row['mergeable'] else 'no'}, needs data: {row['needs_data']}")
+    out.print(f"learning rate {row['default_lr']:g} unless told otherwise (train.lr)")
+    counts = _counts(cls, variant)
+    if counts:
+        out.print(f"trained numbers with the defaults: {counts}")
+
+
+def _counts(cls: type[Method], variant: Variant | None) -> str:
+    from intarsia import registry
+
+    try:
+        method = registry.build(variant.name if variant else cls.name)
+    except TypeError:  # a method of somebody else's with a field that has no default
+        return ""
+    return ", ".join(f"{method.trained_count(shape):,} of a {shape[0]} x {shape[1]} weight" for shape in EXAMPLES)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
