@@ -436,12 +436,15 @@ def occupy(model: nn.Module, by: str | None, owner: object) -> None:
 
 def check_unoccupied(model: nn.Module, owner: object = None) -> None:
     """Raise IntarsiaError where something other than an adapter here, and other than ``owner``, is set into the weights."""
-    by, found = _OCCUPIED.get(model, ("", lambda: owner))
-    if by and found() is None:
+    if model not in _OCCUPIED:
+        return
+    by, reference = _OCCUPIED[model]
+    found = reference()
+    if found is None:
         raise IntarsiaError(
             f"{by} is set into this model by a deck that is gone, and the base's bits with it; load the base again"
         )
-    if found() is not owner:
+    if found is not owner:
         raise IntarsiaError(f"{by} is set into this model by a deck; call its off() first")
 
 

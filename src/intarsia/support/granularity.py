@@ -111,7 +111,8 @@ class Column:
 
     @staticmethod
     def reduce(scores: Tensor) -> Tensor:
-        return scores.norm(dim=0)
+        norms: Tensor = torch.linalg.vector_norm(scores, dim=0)
+        return norms
 
     @staticmethod
     def gather(W: Tensor, index: Tensor) -> Tensor:
