@@ -172,6 +172,7 @@ class _Run:
             "steps": self.steps,
             "learning rate": ready.estimate.lr,
             "rows trained on": len(ready.train),
+            "shape of the rows": ready.reports[0].format,
             "training loss": last["loss"],
             **({"held-out loss": eval_loss, "held-out loss of the base": base_loss} if eval_loss is not None else {}),
         }
