@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json as jsonlib
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from intarsia.cli import hand, terminal
 from intarsia.errors import IntarsiaError, nearest
 
 if TYPE_CHECKING:
-    from intarsia.cli.conversation import Answer, Conversation
+    from intarsia.cli.conversation import Conversation
     from intarsia.deck import Deck
     from intarsia.pretrained import Pretrained
 
@@ -47,8 +48,8 @@ def chat(
         pretrained = hand.load_model(model, progress)
         deck = Deck(pretrained.model)
         deck.add(*found.values())
-    settings = Settings(max_new_tokens, temperature, top_p, seed, system, plain)
-    session = Session(Conversation(pretrained, settings), deck, json)
+    settings = Settings(max_new_tokens, temperature, top_p, seed, system)
+    session = Session(Conversation(pretrained, settings, plain), deck, json)
     session.welcome(pretrained)
     if sys.stdin.isatty():
         _talk(session)
@@ -71,8 +72,8 @@ def _talk(session: Session) -> None:
         try:
             if not session.hear(line):
                 return
-        except KeyboardInterrupt:  # the program goes on, only the answer ends
-            session.stopped()
+        except KeyboardInterrupt:  # the program goes on, only the answer or the switch ends
+            print("(stopped)")
         except IntarsiaError as error:
             terminal.show_error(str(error))
 
@@ -130,7 +131,7 @@ class Session:
     conversation: Conversation
     deck: Deck
     json: bool
-    columns: bool = field(default_factory=lambda: sys.stdout.isatty())
+    lively: bool = field(default_factory=lambda: sys.stdout.isatty())
 
     def welcome(self, pretrained: Pretrained) -> None:
         """Say on standard error what is here and how to go on."""
@@ -198,21 +199,17 @@ class Session:
                 pass
             self.tell(event="answer", to=line, active=self.deck.active, **asdict(self.conversation.answer))
             return
-        for piece in pieces:
-            print(_visible(piece), end="", flush=True)
-        self._end_of_answer(self.conversation.answer)
-
-    def stopped(self) -> None:
-        """After Ctrl-C."""
-        self._end_of_answer(self.conversation.answer)
-
-    def _end_of_answer(self, answer: Answer) -> None:
-        print()
-        if self.columns:
-            why = {"eos": "", "length": ", cut off by --max-new-tokens", "context": ", the context is full"}
+        try:
+            with contextlib.closing(pieces):  # at once, so that what came before Ctrl-C is part of the conversation
+                for piece in pieces:
+                    print(_visible(piece), end="", flush=True)
+        finally:
+            print()
+        if self.lively:
+            answer, out = self.conversation.answer, terminal.output()
+            why = {"length": ", cut off by --max-new-tokens", "context": ", the context is full"}.get(answer.end, "")
             pace = answer.tokens / answer.seconds if answer.seconds else 0.0
-            told = f"{answer.tokens} tokens, {pace:.0f} a second{why.get(answer.end, ', stopped')}"
-            terminal.output().print(f"[dim]{told}[/]")
+            out.print(f"[dim]{answer.tokens} tokens, {pace:.0f} a second{why}[/]")
 
     # --- commands
 
@@ -247,6 +244,15 @@ class Session:
             self.tell(event="switch", active=self.deck.active, milliseconds=milliseconds)
         else:
             print(f"{self.active()}  ({milliseconds:.1f} ms)", flush=True)
+            self._remind()
+
+    def _remind(self) -> None:
+        """An adapter that never saw the chat template will not show what it learned inside it."""
+        shapes = {self.deck[name].note.get("shape of the rows") for name in self.deck.active}
+        if shapes & {"prompt", "text"} and not self.conversation.plain:
+            terminal.messages().print(
+                "[dim]trained on rows without the chat template: /plain gives it lines as they stand[/]"
+            )
 
     def at_hand(self, words: list[str]) -> None:
         """/list"""
@@ -260,6 +266,16 @@ class Session:
         if not self.deck.names:
             print("no adapters; name their folders after the model: intarsia chat MODEL ADAPTER...")
         return None
+
+    def plain(self, words: list[str]) -> None:
+        """/plain"""
+        self.conversation.set_plain(not self.conversation.plain)
+        if self.json:
+            return self.tell(event="plain", plain=self.conversation.plain)
+        told = (
+            "each line is continued as it stands" if self.conversation.plain else "a conversation, by the chat template"
+        )
+        return print(told)
 
     def reset(self, words: list[str]) -> None:
         """/reset"""
@@ -281,6 +297,7 @@ COMMANDS = {
     "off": Command("/off", "take out what is set in: the base, to the bit", Session.off),
     "fuse": Command("/fuse NAME=0.6 NAME=0.4", "set in a weighted sum", Session.fuse),
     "list": Command("/list", "the adapters at hand", Session.at_hand),
+    "plain": Command("/plain", "continue each line as it stands; once more: hold a conversation again", Session.plain),
     "reset": Command("/reset", "forget the conversation", Session.reset),
     "help": Command("/help", "this list", Session.help),
     "quit": Command("/quit", "leave", lambda session, words: False),

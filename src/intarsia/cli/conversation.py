@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +21,13 @@ PARTIAL = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 
 @dataclass(frozen=True)
 class Settings:
-    """How to answer. ``temperature`` 0 always takes the likeliest token; ``plain`` continues each line as it stands."""
+    """How to answer. ``temperature`` 0 always takes the likeliest token."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     system: str | None = None
-    plain: bool = False
 
 
 @dataclass
@@ -43,21 +42,31 @@ class Answer:
 
 @dataclass
 class Conversation:
-    """What was said so far, and the model's cache of it."""
+    """What was said so far, and the model's cache of it. ``plain``: no template and no turns, each line is continued."""
 
     pretrained: Pretrained
     settings: Settings
+    plain: bool = False
     turns: list[dict[str, str]] = field(default_factory=list)
     answer: Answer = field(default_factory=Answer)
 
     def __post_init__(self) -> None:
         self.sampler = torch.Generator().manual_seed(self.settings.seed)
         self.forget_cache()
-        if not self.settings.plain and not self.pretrained.tokenizer.chat_template:
+        self.set_plain(self.plain)
+
+    def set_plain(self, plain: bool) -> None:
+        """Continue each line as it stands from now on, or hold a conversation.
+
+        Raises:
+            IntarsiaError: for a conversation when the tokenizer has no chat template.
+        """
+        if not plain and not self.pretrained.tokenizer.chat_template:
             raise IntarsiaError(
                 f"{self.pretrained.name}: its tokenizer has no chat template, so it cannot hold a conversation; "
                 "--plain continues each line as it stands"
             )
+        self.plain = plain
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -69,7 +78,7 @@ class Conversation:
         self.cached: list[int] = []
         self.cache: Any = None
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str, None, None]:
         """The model's answer, in pieces of whole characters, as they come. ``self.answer`` grows with them.
 
         However the stream ends, what came of the answer is part of the conversation.
@@ -86,7 +95,7 @@ class Conversation:
                     self.answer.text += piece
                     yield piece
         finally:
-            if not self.settings.plain:
+            if not self.plain:
                 answer = {"role": "assistant", "content": self.answer.text}
                 self.turns += [{"role": "user", "content": text}, answer]
 
@@ -95,7 +104,7 @@ class Conversation:
     def _prompt(self, text: str) -> list[int]:
         """The tokens of all that was said and of the new line; the oldest turns go where the context is too short."""
         tokenizer, most = self.pretrained.tokenizer, self._most_tokens()
-        if self.settings.plain:
+        if self.plain:
             ids = encode([(text.replace("\\n", "\n"), False)], tokenizer, bos=True)[0]
         else:
             while True:

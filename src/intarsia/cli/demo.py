@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 
-
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller one, in under two minutes.")] = False,
     output: Annotated[Path, typer.Option("--output", help="Folder for adapters, plots and the report.")] = Path(
