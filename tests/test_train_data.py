@@ -28,11 +28,11 @@ def load(path, tokenizer=None, **more):
 
 
 def trained_text(example, tokenizer) -> str:
-    return tokenizer.decode([t for t, y in zip(example.input_ids, example.labels, strict=True) if y != -100])
+    return str(tokenizer.decode([t for t, y in zip(example.input_ids, example.labels, strict=True) if y != -100]))
 
 
 def text(example, tokenizer) -> str:
-    return tokenizer.decode(example.input_ids)
+    return str(tokenizer.decode(example.input_ids))
 
 
 # --- files
