@@ -18,13 +18,13 @@ from safetensors import safe_open
 import intarsia as ia
 from intarsia import pretrained
 from intarsia.errors import IntarsiaError
+from intarsia.evaluate import held_out_loss
 from intarsia.train import trainer as trainer_module
 from intarsia.train import unfinished
 from intarsia.train.config import make_config
-from intarsia.train.data import collator
 from intarsia.train.plan import plan, show_batch
 from intarsia.train.progress import Progress
-from intarsia.train.trainer import TrainingStopped, held_out_loss, schedule, train
+from intarsia.train.trainer import TrainingStopped, schedule, train
 from toy import save_toy
 
 STEPS = 11  # with 57 rows in batches of 12, an epoch is 5 steps: the run ends inside the third
@@ -110,10 +110,9 @@ def test_a_run_learns_and_writes_an_adapter_that_gives_the_loss_it_reports(confi
     assert outcome.eval_loss < outcome.base_loss - 0.2
     base = pretrained.load(place / "m")
     ready = plan(wanted, base)
-    collate = collator(base.tokenizer)
-    assert held_out_loss(base.model, ready.held_out, collate) == pytest.approx(outcome.base_loss, abs=1e-6)
+    assert held_out_loss(base.model, base.tokenizer, ready.held_out) == pytest.approx(outcome.base_loss, abs=1e-6)
     ia.load(base.model, outcome.output)
-    assert held_out_loss(base.model, ready.held_out, collate) == pytest.approx(outcome.eval_loss, abs=1e-6)
+    assert held_out_loss(base.model, base.tokenizer, ready.held_out) == pytest.approx(outcome.eval_loss, abs=1e-6)
     assert ia.read(outcome.output).digest == outcome.digest
 
 

@@ -16,7 +16,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,10 +31,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from intarsia.errors import IntarsiaError
+from intarsia.evaluate import held_out_loss
 from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state, save
 from intarsia.pretrained import Pretrained
 from intarsia.train.config import Config
-from intarsia.train.data import Collator, Example, collator
+from intarsia.train.data import collator
 from intarsia.train.plan import Plan, plan
 from intarsia.train.plots import loss_curve
 from intarsia.train.progress import Log, Pace, Progress, clock
@@ -158,8 +159,9 @@ class _Run:
         known = [e["eval_loss"] for e in self.log.events if e["event"] == "eval" and e["step"] == step]
         if known:
             return float(known[-1])
-        size = self.ready.config.train.batch_size
-        loss = held_out_loss(self.model, self.ready.held_out, self.collate, size, self.progress)
+        self.progress.work(0, len(self.ready.held_out), "evaluating")
+        ready = self.ready
+        loss = held_out_loss(self.model, ready.pretrained.tokenizer, ready.held_out, ready.config.train.batch_size)
         self.log.write("eval", step=step, eval_loss=loss)
         self.progress.say(f"step {step}: {what} loss {loss:.4f}")
         return loss
@@ -384,33 +386,6 @@ def schedule(step: int, *, steps: int, warmup: float, kind: str) -> float:
         return (step + 1) / (rising + 1)
     done = min(1.0, (step - rising) / max(1, steps - rising))
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: nn.Module,
-    examples: Sequence[Example],
-    collate: Collator,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> float:
-    """The mean loss of a trained token over all examples, whatever the batches. In eval mode, restored afterwards."""
-    device = next(model.parameters()).device
-    training, total, count = model.training, 0.0, 0
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    model.eval()
-    try:
-        for start in range(0, len(by_length), batch_size):
-            chosen = by_length[start : start + batch_size]
-            batch = {k: t.to(device) for k, t in collate(chosen).items()}
-            trained = sum(example.trained for example in chosen)
-            total += float(model(**batch).loss) * trained
-            count += trained
-            if progress:
-                progress.work(start + len(chosen), len(by_length), "evaluating")
-    finally:
-        model.train(training)
-    return total / count
 
 
 def calibration_batches(ready: Plan) -> list[dict[str, torch.Tensor]]:
