@@ -24,7 +24,9 @@ def _mask_gradient(mask: torch.Tensor, parameter: torch.Tensor) -> None:
     parameter.grad.mul_(mask)
 
 
-def _dense(masks: dict[str, torch.Tensor], lr: float, eps: float, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def _dense(
+    masks: dict[str, torch.Tensor], lr: float, eps: float, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """The weights after ordinary AdamW(weight_decay=0) training whose gradients are masked by hand (hook mode)."""
     model = small_net(dtype)
     model.requires_grad_(False)

@@ -51,9 +51,10 @@ class Rescale(Method):
         # y = m/c (x V^T) + b without building m/c V: the base's own product, the branch, and the ratio by rows.
         W, b = below.weights(torch.promote_types(x.dtype, torch.float32))
         y = below(x)
-        ratio = self._ratio(p, W).to(y.dtype)
+        ratio = self._ratio(p, W)
         product = y if b is None else y - b.to(y.dtype)
-        return y + (ratio - 1) * product + ratio * self.inside().branch(p, x)
+        # The difference from 1 before rounding to y's dtype: in bfloat16 there is nothing between 1 and 1.0078.
+        return y + (ratio - 1).to(y.dtype) * product + ratio.to(y.dtype) * self.inside().branch(p, x)
 
     def fold(self, p: Any, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._ratio(p, W)[:, None] * (W + self.inside().delta(p).to(W.dtype)), b
