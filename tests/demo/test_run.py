@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -24,7 +25,7 @@ from intarsia.evaluate import BASE
 from intarsia.model import digest
 from intarsia.store import read
 from intarsia.train.progress import PlainProgress, Progress, Status
-from intarsia.train.trainer import TrainingStopped
+from intarsia.train.trainer import TrainingStopped, train
 from toy import save_toy
 
 TINY = Size(
@@ -210,14 +211,13 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(IntarsiaError, match=r"holds something else \(thesis.txt\)"):
         demo.run(tmp_path, model="nowhere")
     (tmp_path / "thesis.txt").unlink()
+    (tmp_path / "file").write_text("")
     with pytest.raises(IntarsiaError, match="is a file"):
-        file = tmp_path / "file"
-        file.write_text("")
-        demo.run(file)
+        demo.run(tmp_path / "file")
 
 
 def test_ctrl_c_leaves_no_half_written_adapter(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = demo.train
+    real = train
     done: list[str] = []
 
     def stopped_at_the_second(config: Any, **more: Any) -> Any:
@@ -255,7 +255,7 @@ def test_ticks_are_round_and_enclose(low: float, high: float) -> None:
     assert ticks[0] <= low
     assert ticks[-1] >= high
     assert 2 <= len(ticks) <= 9
-    steps = {round(b - a, 9) for a, b in zip(ticks, ticks[1:], strict=False)}
+    steps = {round(b - a, 9) for a, b in itertools.pairwise(ticks)}
     assert len(steps) == 1
 
 
