@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SITES, adapted, layer_of, small_net, some_input, some_loss, state_of, stir
 
 import intarsia as ia
+from small import SITES, adapted, layer_of, small_net, some_input, some_loss, state_of, stir
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 16])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SITES, layer_of, small_net, some_input, some_loss, state_of, stir, trained, weights
 
 import intarsia as ia
+from small import SITES, layer_of, small_net, some_input, some_loss, state_of, stir, trained, weights
 
 STEPS = 50
 
@@ -30,6 +30,8 @@ def test_gradient_is_columns_of_the_dense_gradient_exactly(shape, bias, paramete
     y.backward(gy)
     reference.backward(gy)
     assert dense.grad is not None
+    assert mine.grad is not None
+    assert theirs.grad is not None
     assert torch.equal(mine.grad, theirs.grad)
     state = state_of(model, "up")
     # The matrix product sums the same terms, in blocks that may depend on the number of columns: 1e-15, not the bit.
@@ -47,6 +49,7 @@ def test_delta_trains_as_lora_with_a_one_hot_frozen_A():
             A.zero_()[torch.arange(3), state_of(paca, site).index] = 1.0
             A.requires_grad_(False)
     optimizers = [torch.optim.AdamW(trained(model), lr=3e-3, weight_decay=0.1) for model in (paca, lora)]
+    x = some_input(torch.float64, 8, 16)
     for step in range(STEPS):
         x = some_input(torch.float64, 8, 16, seed=step)
         for model, optimizer in zip((paca, lora), optimizers, strict=True):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import peft
 import pytest
 import torch
 from peft.tuners.shira.layer import ShiraLayer
-from small import SITES, layer_of, small_net, some_input, some_loss, state_of, stir, trained
 
 import intarsia as ia
+from small import SITES, layer_of, small_net, some_input, some_loss, state_of, stir, trained
 
-CLOSE = {"rtol": 1e-4, "atol": 2e-6}  # float32 through three layers, summed in another order
+# float32 through three layers, summed in another order
+close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-6)
 
 
 def _theirs(config: Any) -> torch.nn.Module:
-    model: torch.nn.Module = peft.get_peft_model(small_net(), config)  # type: ignore[arg-type]
+    model: torch.nn.Module = peft.get_peft_model(small_net(), config)
     return model
 
 
@@ -49,14 +51,14 @@ def test_low_rank_methods_equal_peft(ours, theirs):
         for mine, their in pairs:
             their.copy_(mine)
     x, x_other = (some_input().requires_grad_() for _ in range(2))
-    torch.testing.assert_close(model(x), other(x_other), **CLOSE)
+    close(model(x), other(x_other))
     some_loss(model, x).backward()
     some_loss(other, x_other).backward()
-    torch.testing.assert_close(x.grad, x_other.grad, **CLOSE)
+    close(x.grad, x_other.grad)
     for mine, their in pairs:
         assert mine.grad is not None
         assert mine.grad.abs().max() > 1e-4  # or there is nothing to compare
-        torch.testing.assert_close(mine.grad, their.grad, **CLOSE)
+        close(mine.grad, their.grad)
     assert sum(p.numel() for p in trained(model)) == sum(p.numel() for p in trained(other))
 
 
@@ -66,7 +68,7 @@ def test_dora_starts_with_the_magnitude_of_peft():
     other = _theirs(peft.LoraConfig(target_modules=list(SITES), r=2, use_dora=True))
     for site in SITES:
         theirs = _their_layer(other, site).lora_magnitude_vector["default"].weight
-        torch.testing.assert_close(state_of(model, site).magnitude, theirs, rtol=1e-6, atol=0)
+        close(state_of(model, site).magnitude, theirs, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("branch", [False, True], ids=["live", "branch"])
@@ -88,11 +90,11 @@ def test_shira_equals_peft(branch):
         assert all(layer_of(model, site).live is None for site in SITES)
     x, x_other = (some_input().requires_grad_() for _ in range(2))
     with torch.sparse.check_sparse_tensor_invariants(True):  # torch warns where one says neither yes nor no
-        torch.testing.assert_close(model(x), other(x_other), **CLOSE)
+        close(model(x), other(x_other))
         some_loss(model, x).backward()
         some_loss(other, x_other).backward()
-    torch.testing.assert_close(x.grad, x_other.grad, **CLOSE)
+    close(x.grad, x_other.grad)
     for site in SITES:
         mine, theirs = state_of(model, site).values.grad, _their_layer(other, site).shira_weight["default"].grad
         assert mine.abs().max() > 1e-3
-        torch.testing.assert_close(mine, theirs, **CLOSE)
+        close(mine, theirs)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SITES, beside_the_base, layer_of, small_net, some_input, some_loss, state_of, trained, weights
 
 import intarsia as ia
 from intarsia.support import struct
+from small import SITES, beside_the_base, layer_of, small_net, some_input, some_loss, state_of, trained, weights
 
 STEPS = 50
 
@@ -182,7 +183,7 @@ def test_struct_rows_move_with_the_offset_and_do_not_overlap():
     assert one & two == diagonal
     rows = sorted({i // 64 for i in one - diagonal})
     assert len(rows) == 4
-    assert len({b - a for a, b in zip(rows, rows[1:], strict=False)}) == 1  # evenly spaced
+    assert len({b - a for a, b in itertools.pairwise(rows)}) == 1  # evenly spaced
 
 
 def test_disjoint_struct_adapters_hardly_meet():

@@ -45,7 +45,8 @@ class Rescale(Method):
         return self.inside().init(site, start) | {"magnitude": nn.Parameter(norms)}
 
     def _ratio(self, p: Any, W: Tensor) -> Tensor:
-        return p.magnitude.to(W.dtype) / self.length(W + self.inside().delta(p).to(W.dtype))  # (O,)
+        magnitude: Tensor = p.magnitude.to(W.dtype)
+        return magnitude / self.length(W + self.inside().delta(p).to(W.dtype))  # (O,)
 
     def forward(self, p: Any, x: Tensor, below: Below) -> Tensor:
         # y = m/c (x V^T) + b without building m/c V: the base's own product, the branch, and the ratio by rows.

@@ -86,8 +86,8 @@ class Sparse(Delta):
 
     def change(self, p: Any) -> Tensor:
         """What is added to the support, in the granularity's shape of values."""
-        grown = self.scale_at(p.shape) * p.values
-        return grown - p.start if self.trains_weights() else grown
+        grown: Tensor = self.scale_at(p.shape) * p.values
+        return grown.sub(p.start) if self.trains_weights() else grown
 
     def delta(self, p: Any) -> Tensor:
         return self.granularity_type().scatter(p.shape, p.index, self.change(p))
