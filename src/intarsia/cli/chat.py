@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import hand, terminal
+from intarsia.cli import given, terminal
 from intarsia.errors import IntarsiaError, nearest
 
 if TYPE_CHECKING:
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A local folder, a .gguf file, a hub id, or smollm2-135m.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, a hub id, or smollm2-135m.")
+    ],
     adapters: Annotated[
-        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Folders, or NAME=FOLDER.", show_default=False)
+        list[str] | None, typer.Argument(metavar="ADAPTER", help="Folders, or NAME=FOLDER.", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 256,
     temperature: Annotated[
@@ -40,12 +42,12 @@ def chat(
     json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")] = False,
 ) -> None:
     """Talk to a model. /use NAME, /off and /fuse A=0.6 B=0.4 switch adapters live; /help lists the rest."""
-    found = hand.read_adapters(adapters or [])
+    found = given.read_adapters(adapters or [])
     from intarsia.cli.conversation import Conversation, Settings
     from intarsia.deck import Deck
 
     with terminal.progress() as progress:
-        pretrained = hand.load_model(model, progress)
+        pretrained = given.load_model(model, progress)
         deck = Deck(pretrained.model)
         deck.add(*found.values())
     settings = Settings(max_new_tokens, temperature, top_p, seed, system)

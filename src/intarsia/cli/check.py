@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,9 +34,9 @@ def check(
     """Run every law of the contract on a method. Exit code 1 if one is broken."""
     from intarsia import contract
 
-    methods = _settings(subject)
     results: list[Result] = []
-    with terminal.progress() as progress:
+    with _current_folder_first(), terminal.progress() as progress:
+        methods = _settings(subject)
         for method in methods:
             for law in contract.LAWS:
                 progress.work(len(results) + 1, len(methods) * len(contract.LAWS), f"{method.name}: {law}:")
@@ -49,11 +51,21 @@ def check(
         raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def _current_folder_first() -> Iterator[None]:
+    """A console script does not look for modules in the current folder by itself."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
 def _settings(subject: str) -> list[Method]:
     """The settings to run. What goes wrong in somebody's module is told as theirs, with its place."""
     from intarsia import contract
 
-    sys.path.insert(0, str(Path.cwd()))  # a console script does not look into the current folder by itself
     try:
         return contract.settings(subject)
     except IntarsiaError:
@@ -63,8 +75,6 @@ def _settings(subject: str) -> list[Method]:
         theirs = [f for f in frames if "importlib" not in f.filename and "/intarsia/" not in f.filename]
         place = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
         raise IntarsiaError(f"{subject}: {type(error).__name__}: {error}{place}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
 
 
 def _print(results: list[Result], methods: list[Method]) -> None:

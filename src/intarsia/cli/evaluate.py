@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from intarsia.cli import hand, terminal
+from intarsia.cli import given, terminal
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders, or NAME=FOLDER.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Folders, or NAME=FOLDER.")],
     data: Annotated[list[Path], typer.Option("--data", help="Rows to measure on; may be given several times.")],
     model: Annotated[
         str | None, typer.Option("--model", help="The base; by default the one that the adapters were made on.")
@@ -38,12 +38,12 @@ def evaluate(
     from intarsia.evaluate import matrix
 
     names = _task_names(data)
-    found = hand.read_adapters(adapters)
+    found = given.read_adapters(adapters)
     if "base" in found:
         raise IntarsiaError("an adapter named 'base' would be taken for the base; give it another name: other=FOLDER")
     with terminal.progress() as progress:
-        pretrained = hand.load_model(
-            hand.base_of(found, model), progress, named=model is not None, adapters=list(found)
+        pretrained = given.load_model(
+            given.base_of(found, model), progress, named=model is not None, adapters=list(found)
         )
         tasks, reports = _tasks(names, pretrained, format, rows, max_length, skip_bad_rows)
         for report in reports.values():
@@ -70,7 +70,9 @@ def evaluate(
 
 
 def _task_names(data: list[Path]) -> dict[str, Path]:
-    """A name for every file: its stem, or the whole path where stems are alike."""
+    """A name for every file: its stem, or the whole path where stems are alike. All must be there, before a model is loaded."""
+    if missing := [str(path) for path in data if not path.is_file()]:
+        raise IntarsiaError(f"no data file {', '.join(missing)}")
     stems = [path.stem for path in data]
     named = {path.stem if stems.count(path.stem) == 1 else str(path): path for path in data}
     if len(named) < len(data):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import hand, terminal
+from intarsia.cli import given, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +58,7 @@ def _weights(adapter: Adapter, model: str, progress: Progress) -> dict[str, Any]
     """The weights of the base, which has to be the adapter's own."""
     from intarsia.model import check_fits, digest
 
-    loaded = hand.load_model(model, progress).model
+    loaded = given.load_model(model, progress).model
     check_fits(loaded, adapter, adapter.name, digest(loaded))
     return dict(loaded.named_parameters())
 

@@ -22,7 +22,7 @@ def train(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Set on top of it: train.lr=1e-3", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Set on top of it: train.lr=1e-3", show_default=False),
     ] = None,
     show_batch: Annotated[
         bool, typer.Option("--show-batch", help="Print what is trained and what is masked in a few rows, and stop.")

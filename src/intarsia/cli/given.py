@@ -1,4 +1,4 @@
-"""Adapters as they are named on a command line: a folder, or NAME=FOLDER."""
+"""What is named on a command line: adapters, as a folder or NAME=FOLDER, and the model they belong to."""
 
 from __future__ import annotations
 
