@@ -1,0 +1,540 @@
+"""The deck: whatever is set in, fused, failed or interrupted, taking out gives back the very bits."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import random
+import threading
+from typing import Any
+from unittest import mock
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+import intarsia as ia
+from intarsia.deck import deck as deck_module
+from intarsia.edits import Columns, Elements, LowRank, Placement
+from intarsia.store import Base
+from small import SITES, adapted, layer_of, small_net, some_input, some_loss, weights
+
+METHODS: dict[str, ia.Method] = {
+    "elements": ia.Shira(density=0.1),
+    "largest": ia.Shira(density=0.2, scorer="magnitude"),
+    "columns": ia.Paca(3),
+    "low_rank": ia.Lora(2),
+    "lengths": ia.Dora(ia.Lora(2)),
+    "sparse_lengths": ia.Dora(ia.Shira(density=0.1)),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@functools.cache
+def _adapters(dtype: torch.dtype) -> dict[str, ia.Adapter]:
+    return {
+        name: ia.export(adapted(method, dtype, seed=number), called=name)
+        for number, (name, method) in enumerate(METHODS.items())
+    }
+
+
+def _deck(dtype: torch.dtype = torch.float32, *names: str) -> ia.Deck:
+    deck = ia.Deck(small_net(dtype))
+    deck.add(*[adapter for name, adapter in _adapters(dtype).items() if not names or name in names])
+    return deck
+
+
+def _bits(model: torch.nn.Module) -> str:
+    """What stands in memory, adapters or not."""
+    return ia.digest(model)
+
+
+class Faults:
+    """Raises at chosen calls of the steps of a switch, before or after the step itself was done."""
+
+    STEPS = ((Placement, "write"), (Placement, "read"), (deck_module, "place"))
+
+    def __init__(self, at: set[int], late: bool, error: type[BaseException]):
+        self.at, self.late, self.error, self.calls, self.raised = at, late, error, 0, 0
+
+    def __enter__(self) -> Faults:
+        self.patches = [mock.patch.object(owner, name, self._wrap(getattr(owner, name))) for owner, name in self.STEPS]
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for patch in self.patches:
+            patch.stop()
+
+    def _wrap(self, real: Any) -> Any:
+        def step(*args: Any) -> Any:
+            self.calls += 1
+            now = self.calls in self.at
+            if now and not self.late:
+                self.raised += 1
+                raise self.error("planted")
+            done = real(*args)
+            if now:
+                self.raised += 1
+                raise self.error("planted")
+            return done
+
+        return step
+
+
+def _random_switch(deck: ia.Deck, chance: random.Random) -> Any:
+    names = chance.sample(deck.names, chance.randint(1, 4))
+    kind = chance.choice(["use", "use", "fuse", "fuse", "off", "strength"])
+    if kind == "use":
+        return functools.partial(deck.use, names[0])
+    if kind == "strength":
+        return functools.partial(deck.use, names[0], chance.choice([0.0, -1.0, 0.25, 1.25]))
+    if kind == "fuse":
+        return functools.partial(deck.fuse, {name: chance.uniform(-1, 1) for name in names})
+    return deck.off
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_thousand_switches_with_failures_give_the_base_back(dtype):
+    """use, off and fuse at random over all kinds of edits; in every third call something raises in the middle, once or
+    twice (in the giving back too), an error or Ctrl-C, before or after the step was done."""
+    deck, chance = _deck(dtype), random.Random(str(dtype))
+    start = ia.digest(deck.model)
+    failed = mended = 0
+    for _ in range(1000):
+        switch = _random_switch(deck, chance)
+        if chance.random() < 0.33:
+            before, active = _bits(deck.model), deck.active
+            at = {chance.randint(1, 12)} | ({chance.randint(1, 30)} if chance.random() < 0.5 else set())
+            error = chance.choice([ZeroDivisionError, KeyboardInterrupt])
+            with Faults(at, chance.random() < 0.5, error) as faults:
+                try:
+                    switch()
+                except (ZeroDivisionError, KeyboardInterrupt):
+                    failed += 1
+                else:
+                    assert not faults.raised
+            if faults.raised == 1:
+                assert deck.active == active
+                assert _bits(deck.model) == before
+            if faults.raised == 2:
+                mended += 1
+                deck.off()
+                assert _bits(deck.model) == start
+        else:
+            switch()
+    assert failed > 150
+    assert mended > 10
+    deck.off()
+    assert ia.digest(deck.model) == start
+    assert deck.verify() == start
+
+
+class Switching(RuleBasedStateMachine):
+    """What is in the weights depends on what is set in, and on nothing that was set in before."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deck = _deck(self.dtype)
+        self.seen: dict[Any, str] = {(): self.deck.base_digest}
+
+    names = st.sampled_from(sorted(METHODS))
+    strengths = st.sampled_from([-1.0, 0.5, 1.0, 1.25])
+
+    @rule(name=names, strength=strengths)
+    def use(self, name, strength):
+        self.deck.use(name, strength)
+        assert self.deck.active == {name: strength}
+
+    @rule(shares=st.dictionaries(names, strengths, min_size=1, max_size=3))
+    def fuse(self, shares):
+        self.deck.fuse(dict(sorted(shares.items())))
+        assert self.deck.active == shares
+
+    @rule()
+    def off(self):
+        self.deck.off()
+        assert self.deck.active == {}
+
+    @rule(name=names, at=st.integers(1, 10), late=st.booleans())
+    def fail(self, name, at, late):
+        active = self.deck.active
+        with Faults({at}, late, KeyboardInterrupt) as faults:
+            try:
+                self.deck.use(name)
+            except KeyboardInterrupt:
+                assert self.deck.active == active
+        assert faults.raised or self.deck.active == {name: 1.0}
+
+    @rule(name=names, weight=st.sampled_from([float("nan"), float("inf"), True, None, "1", 1e39]))
+    def refuse(self, name, weight):
+        active = self.deck.active
+        with pytest.raises(ia.IntarsiaError, match="finite"):
+            self.deck.use(name, weight)
+        assert self.deck.active == active
+
+    @rule()
+    def verify(self):
+        active = self.deck.active
+        assert self.deck.verify() == self.deck.base_digest
+        assert self.deck.active == active
+
+    @invariant()
+    def same_setting_same_bits(self):
+        setting, found = tuple(self.deck.active.items()), _bits(self.deck.model)
+        assert self.seen.setdefault(setting, found) == found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_order_of_calls_gives_the_same_bits(dtype):
+    machine = type("Switching", (Switching,), {"dtype": dtype})
+    run_state_machine_as_test(machine, settings=settings(max_examples=12, stateful_step_count=25, deadline=None))
+
+
+def test_threads_that_switch_at_once_do_no_harm():
+    deck = _deck()
+    start = ia.digest(deck.model)
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(100):
+            _random_switch(deck, chance)()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    deck.off()
+    assert ia.digest(deck.model) == start
+
+
+# ------------------------------------------------------------------ what is set in
+def _by_hand(dtype: torch.dtype, edits: dict[str, Any]) -> ia.Adapter:
+    """An adapter of the small net from its edits, as if it had been trained on it."""
+    return ia.Adapter("x", edits, Base(ia.digest(small_net(dtype)), str(dtype)), {"name": "shira"})
+
+
+def test_sums_are_exact_on_the_union():
+    """Overlapping elements add up, others keep their own, the rest of the weight keeps its bits: in float64, exactly."""
+    W = layer_of(small_net(torch.float64), "up").weight.detach().clone().view(-1)
+    values = some_input(torch.float64, 6)
+    one = Elements((24, 16), torch.tensor([3, 50, 383]), values[:3])
+    two = Elements((24, 16), torch.tensor([0, 50, 51]), values[3:])
+    deck = ia.Deck(small_net(torch.float64))
+    deck.add(a=_by_hand(torch.float64, {"up.weight": one}), b=_by_hand(torch.float64, {"up.weight": two}))
+    deck.fuse(a=0.6, b=-0.3)
+    expected = W.clone()
+    for i, total in {
+        3: 0.6 * values[0],
+        50: 0.6 * values[1] + -0.3 * values[4],
+        383: 0.6 * values[2],
+        0: -0.3 * values[3],
+        51: -0.3 * values[5],
+    }.items():
+        expected[i] = W[i] + total
+    assert torch.equal(layer_of(deck.model, "up").weight.view(-1), expected)
+    assert layer_of(deck.model, "down").weight.equal(layer_of(small_net(torch.float64), "down").weight)
+
+
+def test_sums_of_columns_are_exact_on_the_union():
+    W = layer_of(small_net(torch.float64), "up").weight.detach().clone()
+    values = some_input(torch.float64, 24, 4)
+    one = Columns((24, 16), torch.tensor([1, 7]), values[:, :2].contiguous())
+    two = Columns((24, 16), torch.tensor([7, 9]), values[:, 2:].contiguous())
+    deck = ia.Deck(small_net(torch.float64))
+    deck.add(a=_by_hand(torch.float64, {"up.weight": one}), b=_by_hand(torch.float64, {"up.weight": two}))
+    deck.fuse({"a": 2.0, "b": 0.5})
+    W[:, 1] += 2.0 * values[:, 0]
+    W[:, 7] += 2.0 * values[:, 1] + 0.5 * values[:, 2]
+    W[:, 9] += 0.5 * values[:, 3]
+    assert torch.equal(layer_of(deck.model, "up").weight, W)
+
+
+@pytest.mark.parametrize("names", [("elements", "columns"), ("elements", "low_rank"), ("lengths", "columns")], ids=str)
+def test_fusions_of_different_kinds_are_the_sum_of_their_changes(names):
+    deck, base = _deck(torch.float32), weights(small_net())
+    alone = {}
+    for name in names:
+        alone[name] = {s: deck[name].edits[f"{s}.weight"].fold(base[s].double()) - base[s].double() for s in SITES}
+    deck.fuse({names[0]: 0.7, names[1]: -0.4})
+    for site, found in weights(deck.model).items():
+        expected = base[site].double() + 0.7 * alone[names[0]][site] - 0.4 * alone[names[1]][site]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_strength_goes_in_a_straight_line_from_the_base(name):
+    deck, base = _deck(), weights(small_net())
+    deck.use(name)
+    whole = weights(deck.model)
+    for strength in (0.0, 0.5, -1.0, 2.0):
+        deck.use(name, strength)
+        for site, found in weights(deck.model).items():
+            expected = base[site].double() + strength * (whole[site].double() - base[site].double())
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_adapters_leave_the_rest_of_the_weight_alone(dtype):
+    deck, base = _deck(dtype), weights(small_net(dtype))
+    deck.fuse(elements=1.0, largest=-0.5)
+    for site, found in weights(deck.model).items():
+        index = torch.cat([deck[name].edits[f"{site}.weight"].index for name in ("elements", "largest")])  # type: ignore[attr-defined]
+        outside = torch.ones(found.numel(), dtype=torch.bool).index_fill(0, index, False)
+        assert torch.equal(found.view(-1)[outside], base[site].view(-1)[outside])
+        assert not torch.equal(found, base[site])
+
+
+def test_values_are_rounded_once():
+    """bf16: the sum of base and several adapters is rounded at the end, not after each of them."""
+    third = [Elements((24, 16), torch.tensor([5]), torch.tensor([0.4 * 2**-8])) for _ in range(3)]
+    base = small_net(torch.bfloat16)
+    with torch.no_grad():
+        layer_of(base, "up").weight.view(-1)[5] = 1.0
+    known = Base(ia.digest(base), "bfloat16")
+    deck = ia.Deck(base)
+    deck.add(**{f"n{i}": ia.Adapter("x", {"up.weight": edit}, known, {}) for i, edit in enumerate(third)})  # type: ignore[arg-type]
+    deck.fuse(n0=1.0, n1=1.0, n2=1.0)
+    assert float(weights(deck.model)["up"].view(-1)[5]) == 1.0078125
+    deck.use("n0")
+    assert float(weights(deck.model)["up"].view(-1)[5]) == 1.0
+
+
+def test_a_deck_gives_what_training_gave():
+    for name, method in METHODS.items():
+        model, deck = adapted(method, seed=list(METHODS).index(name)), _deck()
+        deck.use(name)
+        torch.testing.assert_close(deck.model(some_input()), model(some_input()), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------ refusals
+BAD = [float("nan"), float("inf"), -float("inf"), True, None, "1", [1.0], torch.tensor(1.0)]
+
+
+@pytest.mark.parametrize("weight", BAD, ids=str)
+def test_weights_that_are_no_finite_numbers_are_refused(weight):
+    deck = _deck()
+    deck.use("columns")
+    before = _bits(deck.model)
+    for call in (lambda: deck.use("elements", weight), lambda: deck.fuse(elements=1.0, columns=weight)):
+        with pytest.raises(ia.IntarsiaError, match="expected a finite number"):
+            call()
+        assert deck.active == {"columns": 1.0}
+        assert _bits(deck.model) == before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_strength_that_overflows_is_refused(name):
+    deck = _deck(torch.float16)
+    deck.use("columns")
+    before = _bits(deck.model)
+    with pytest.raises(ia.IntarsiaError, match=r"(up|down|again).*not finite in torch.float16"):
+        deck.use(name, 1e9)
+    assert deck.active == {"columns": 1.0}
+    assert _bits(deck.model) == before
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    deck = _deck()
+    for call in (deck.use, deck.remove, deck.__getitem__, lambda name: deck.fuse({name: 1.0})):
+        with pytest.raises(ia.IntarsiaError, match="'colums'.*did you mean 'columns'"):
+            call("colums")
+    with pytest.raises(ia.IntarsiaError, match="no adapters"):
+        deck.fuse()
+
+
+def test_another_base_is_refused_unless_asked_for():
+    adapter = _adapters(torch.float32)["elements"]
+    deck = ia.Deck(small_net(seed=1))
+    with pytest.raises(ia.IntarsiaError, match="another base.*its weights differ.*any_base=True"):
+        deck.add(adapter)
+    assert deck.names == []
+    deck.add(adapter, any_base=True)
+    deck.use("elements")
+    deck.off()
+    assert deck.verify() == ia.digest(small_net(seed=1))
+    with pytest.raises(ia.IntarsiaError, match="made on float32, this model is bfloat16"):
+        ia.Deck(small_net(torch.bfloat16)).add(adapter)
+
+
+def test_other_shapes_are_refused_even_for_any_base():
+    deck = ia.Deck(torch.nn.Sequential(torch.nn.Linear(16, 24)))
+    with pytest.raises(ia.IntarsiaError, match="no such linear weight"):
+        deck.add(_adapters(torch.float32)["elements"], any_base=True)
+    model = small_net()
+    model.set_submodule("down", torch.nn.Linear(24, 24))
+    with pytest.raises(ia.IntarsiaError, match=r"down.weight: the adapter edits \(16, 24\), the model has \(24, 24\)"):
+        ia.Deck(model).add(_adapters(torch.float32)["elements"], any_base=True)
+
+
+def test_tied_weights_are_refused():
+    model = small_net()
+    layer_of(model, "again").weight = layer_of(model, "up").weight
+    adapter = _by_hand(torch.float32, {"again.weight": Elements((24, 16), torch.tensor([1]), torch.ones(1))})
+    with pytest.raises(ia.IntarsiaError, match="tied to up.weight"):
+        ia.Deck(model).add(adapter, any_base=True)
+
+
+def test_adding_is_all_or_nothing(tmp_path):
+    ia.save(adapted(ia.Shira(density=0.1)), tmp_path / "good")
+    deck = ia.Deck(small_net())
+    with pytest.raises(ia.IntarsiaError, match="does not exist"):
+        deck.add(tmp_path / "good", tmp_path / "missing")
+    assert deck.names == []
+    deck.add(tmp_path / "good", other=tmp_path / "good")
+    assert deck.names == ["good", "other"]
+    with pytest.raises(ia.IntarsiaError, match="'good' already"):
+        deck.add(tmp_path / "good")
+    with pytest.raises(ia.IntarsiaError, match="'good' already"):
+        deck.add(third=tmp_path / "good", good=tmp_path / "good")
+    assert deck.names == ["good", "other"]
+
+
+def test_an_adapter_is_not_removed_while_it_is_set_in():
+    deck = _deck()
+    deck.fuse(elements=0.5, columns=0.5)
+    with pytest.raises(ia.IntarsiaError, match="'columns' is set in.*off"):
+        deck.remove("columns")
+    deck.remove("low_rank")
+    assert "low_rank" not in deck.names
+    deck.off()
+    deck.remove("columns")
+    assert "columns" not in deck.names
+
+
+# ------------------------------------------------------------------ others who write
+def test_training_and_a_deck_do_not_mix(tmp_path):
+    model = small_net()
+    ia.attach(model, ia.Shira(density=0.1), name="mine")
+    ia.save(model, tmp_path / "mine")
+    ia.activate(model)
+    start, deck = ia.digest(model), ia.Deck(model)
+    deck.add(*_adapters(torch.float32).values())
+    deck.use("elements")
+    before, calls = _bits(model), [
+        lambda: ia.attach(model, ia.Lora(2), name="second"),
+        lambda: ia.load(model, tmp_path / "mine", "third"),
+        lambda: ia.activate(model, "mine"),
+        lambda: ia.rows(model, ["mine"]).__enter__(),
+        lambda: ia.save(model, tmp_path / "dirty", "mine"),
+        lambda: ia.Deck(model),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ia.IntarsiaError, match="elements is set into this model by a deck"):
+            call()
+        assert _bits(model) == before
+    assert ia.attached_names(model) == ["mine"]
+    ia.activate(model)  # nothing is already what acts
+    deck.off()
+    ia.activate(model, "mine")
+    for call in (lambda: deck.use("columns"), deck.off, lambda: ia.Deck(model)):
+        with pytest.raises(ia.IntarsiaError, match="activate"):
+            call()
+    ia.activate(model)
+    deck.use("columns")
+    ia.detach(model, "mine")
+    deck.off()
+    assert ia.digest(model) == start == ia.digest(small_net())
+
+
+def test_two_decks_on_one_model_take_turns():
+    model = small_net()
+    decks = [ia.Deck(model) for _ in range(2)]
+    for deck in decks:
+        deck.add(*_adapters(torch.float32).values())
+    decks[0].use("elements")
+    for call in (lambda: decks[1].use("columns"), decks[1].off, decks[1].verify):
+        with pytest.raises(ia.IntarsiaError, match="elements is set into this model by a deck"):
+            call()
+    decks[0].off()
+    decks[1].use("columns")
+    decks[1].off()
+    assert ia.digest(model) == decks[0].base_digest
+
+
+def test_a_deck_that_is_gone_is_named():
+    model = small_net()
+    deck = ia.Deck(model)
+    deck.add(*_adapters(torch.float32).values())
+    deck.use("elements")
+    del deck
+    gc.collect()
+    with pytest.raises(ia.IntarsiaError, match="a deck that is gone.*load the base again"):
+        ia.Deck(model)
+
+
+@pytest.mark.parametrize("set_in", [True, False])
+def test_verify_finds_what_somebody_else_wrote(set_in):
+    deck = _deck()
+    if set_in:
+        deck.use("elements")
+    index = deck["elements"].edits["down.weight"].index  # type: ignore[attr-defined]
+    outside = next(i for i in itertools.count() if i not in index.tolist())
+    with torch.no_grad():
+        layer_of(deck.model, "down").weight.view(-1)[outside] += 1e-6
+    with pytest.raises(ia.IntarsiaError, match="something other than the deck wrote"):
+        deck.verify()
+    with torch.no_grad():
+        layer_of(deck.model, "down").weight.copy_(layer_of(small_net(), "down").weight)
+    deck.off()
+    assert deck.verify() == deck.base_digest
+
+
+def test_a_model_still_trains_after_a_deck():
+    deck = _deck()
+    deck.use("lengths")
+    deck.off()
+    ia.attach(deck.model, ia.Shira(density=0.1))
+    optimizer = torch.optim.AdamW([p for p in deck.model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = some_loss(deck.model, some_input())
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert ia.digest(deck.model) == deck.base_digest
+
+
+def test_switching_writes_no_file(tmp_path):
+    """So a process that is killed in the middle of a switch finds everything whole when it starts again."""
+    ia.save(adapted(ia.Shira(density=0.1)), tmp_path / "a")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    deck = ia.Deck(small_net())
+    deck.add(tmp_path / "a")
+    for _ in range(3):
+        deck.use("a", 0.5)
+        deck.off()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_file_that_changes_later_does_not_change_the_deck(tmp_path):
+    ia.save(adapted(ia.Shira(density=0.1)), tmp_path / "a")
+    deck = ia.Deck(small_net())
+    deck.add(tmp_path / "a")
+    deck.use("a")
+    before = _bits(deck.model)
+    with open(tmp_path / "a" / "adapter.safetensors", "r+b") as file:
+        file.truncate(8)
+    deck.off()
+    deck.use("a")
+    assert _bits(deck.model) == before
+
+
+def test_low_rank_edits_of_any_dtype_fit(tmp_path):
+    edit = LowRank((24, 16), some_input(torch.bfloat16, 24, 2), some_input(torch.bfloat16, 2, 16), 0.5)
+    deck = ia.Deck(small_net())
+    deck.add(a=_by_hand(torch.float32, {"up.weight": edit}))
+    deck.use("a")
+    expected = weights(small_net())["up"] + 0.5 * edit.B.float() @ edit.A.float()
+    torch.testing.assert_close(layer_of(deck.model, "up").weight.detach(), expected)
+    deck.off()
+    assert deck.verify() == deck.base_digest
