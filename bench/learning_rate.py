@@ -30,10 +30,11 @@ RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 
 def cases(seeds: int) -> list[dict[str, object]]:
     """Every run, the most telling ones first."""
-    grid = [(method, lr, seed) for seed in range(seeds) for method in (SHIRA, LORA) for lr in RATES]
-    grid[2 * len(RATES) : 2 * len(RATES)] = [(PACA, lr, 0) for lr in RATES]
-    grid += [(SHIRA | {"density": d}, lr, 0) for d in (0.003, 0.03) for lr in RATES[1:5]]
-    grid += [(PAPER, lr, 0) for lr in (5e-4, 2e-3)]
+    grid = [(method, lr, 0) for method in (SHIRA, LORA) for lr in RATES]
+    grid += [(method, lr, seed) for seed in range(1, seeds) for method in (SHIRA, LORA) for lr in RATES[1:]]
+    grid += [(PAPER, lr, 0) for lr in (5e-4, 4e-3)]
+    grid += [(PACA, lr, 0) for lr in RATES[1:5]]
+    grid += [(SHIRA | {"density": d}, lr, 0) for d in (0.003, 0.03) for lr in RATES[2:5]]
     return [{"method": json.dumps(method), "lr": lr, "seed": seed} for method, lr, seed in grid]
 
 

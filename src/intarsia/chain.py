@@ -8,7 +8,6 @@ forward; a forward whose weight is out of date is an error, not a wrong answer.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from intarsia.method import Method
 from intarsia.site import Site
 
 _ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every adapted layer alive, for the optimizer hook
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a class -> the same with a chain on it, made once
 
 
 class Tensors:
@@ -66,12 +66,12 @@ class State(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> State:
         # model.to(torch.bfloat16) moves the base; the masters of an adapter would lose most of their bits.
         def wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
+            moved: Tensor = fn(tensor)
             if moved.is_floating_point() and moved.dtype.itemsize < 4:
                 moved = tensor.to(moved.device, torch.float32)
             return moved
 
-        super()._apply(wide, recurse)
+        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -155,14 +155,16 @@ class Adapted:
         return out
 
 
-@functools.cache
-def adapted(cls: Any) -> type[nn.Module]:
+def adapted(cls: type[nn.Module]) -> type[nn.Module]:
     """cls with a chain of adapters on top: a subclass, so the layer keeps its identity, its keys and isinstance(cls)."""
+    if cls in _CLASSES:
+        return _CLASSES[cls]
 
     def base_forward(self: Any, x: Tensor) -> Tensor:
         return cls.forward(self, x)  # type: ignore[no-any-return]
 
-    return type(f"Adapted{cls.__name__}", (Adapted, cls), {"base_forward": base_forward})
+    _CLASSES[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"base_forward": base_forward})
+    return _CLASSES[cls]
 
 
 def _revive(cls: type[nn.Module]) -> nn.Module:
@@ -258,7 +260,8 @@ def base_weight(layer: Any) -> Tensor:
 def _write_stale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Some optimizers write through parameter.data, which no version counter sees.
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layer in list(_ADAPTED):
+    layers: list[Any] = list(_ADAPTED)
+    for layer in layers:
         if layer.live is None:
             continue
         if id(layer.adapters[layer.live].values) in stepped or versions(layer) != layer.written:

@@ -80,21 +80,15 @@ class Sparse(Edit):
         index, values = tensors["indices"], tensors["values"]
         units = cls.granularity.units(shape)
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
-            raise IntarsiaError(
-                f"indices are {tuple(index.shape)} {index.dtype}; expected one row of int32 or int64"
-            )
+            raise IntarsiaError(f"indices are {tuple(index.shape)} {index.dtype}; expected one row of int32 or int64")
         expected = cls.granularity.values_shape(shape, len(index))
         if tuple(values.shape) != expected:
             raise IntarsiaError(f"values are {tuple(values.shape)}; {len(index)} indices need {expected}")
         _want_numbers("values", values)
-        if len(index) and not (
-            int(index[0]) >= 0 and int(index[-1]) < units and bool((index.diff() > 0).all())
-        ):
+        if len(index) and not (int(index[0]) >= 0 and int(index[-1]) < units and bool((index.diff() > 0).all())):
             low, high = int(index.min()), int(index.max())
             what = f"reach from {low} to {high}" if low < 0 or high >= units else "are not strictly ascending"
-            raise IntarsiaError(
-                f"indices {what}; expected ascending {cls.granularity.name} numbers in 0..{units - 1}"
-            )
+            raise IntarsiaError(f"indices {what}; expected ascending {cls.granularity.name} numbers in 0..{units - 1}")
         return cls(shape, index.to(torch.int64), values)
 
     def fold(self, W: Tensor) -> Tensor:
@@ -141,9 +135,7 @@ class LowRank(Edit):
         _want(tensors, {"A", "B"})
         A, B = tensors["A"], tensors["B"]
         if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != tuple(shape) or B.shape[1] != A.shape[0]:
-            raise IntarsiaError(
-                f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {tuple(shape)}"
-            )
+            raise IntarsiaError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {tuple(shape)}")
         _want_numbers("A", A)
         _want_numbers("B", B)
         scale = facts.get("scale")
@@ -200,7 +192,8 @@ class Rescaled(Edit):
 
 def row_norms(V: Tensor) -> Tensor:
     """||V_i||, never zero. (O, I) -> (O,)."""
-    return V.norm(dim=1).clamp_min(torch.finfo(V.dtype).tiny)
+    norms: Tensor = torch.linalg.vector_norm(V, dim=1)
+    return norms.clamp_min(torch.finfo(V.dtype).tiny)
 
 
 KINDS: dict[str, type[Edit]] = {kind.kind: kind for kind in (Elements, Columns, LowRank, Rescaled)}

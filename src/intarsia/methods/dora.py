@@ -16,13 +16,10 @@ from intarsia.methods.lora import Lora
 from intarsia.registry import build, register
 
 
-LORA = Lora()
-
-
 @register
 @dataclass(frozen=True)
 class Dora(Rescale):
-    inner: Method = option(LORA, "the method whose update is rescaled: lora, shira, paca with their fields")
+    inner: Method = option(Lora(), "the method whose update is rescaled: lora, shira, paca with their fields")
     detach_norm: bool = option(True, "take the norm as a constant in the backward pass, as the paper does")
 
     name, title, paper = "dora", "DoRA", "arXiv:2402.09353"
