@@ -299,7 +299,7 @@ class _Demo:
     ) -> list[Fusion]:
         """Two skills at once: the loss on each, and the share of the gain over the base that is left."""
         self.progress.say("fusing two skills, sparse and LoRA")
-        found: list[Example] = []
+        found: list[Fusion] = []
         examples = {task.name: task.examples for task in tasks}
         for strength in self.size.strengths:
             for pair in ((group[0], group[1]) for group in groups):
