@@ -57,6 +57,7 @@ def rounding(edit: Edit, weight: Tensor, name: str = "weight") -> Rounding:
 
     (O, I) -> counts and the error; nothing is written.
     """
+    weight = weight.detach()
     set_in = place(name, weight, [(1.0, edit)])
     wide = torch.promote_types(weight.dtype, torch.float32)
     before = set_in.read(weight).bits.to(wide)
@@ -75,7 +76,7 @@ def invisible_share(edit: Edit, weight: Tensor) -> float:
 
 def _exact(edit: Edit, weight: Tensor, wide: torch.dtype) -> Tensor:
     """The change, unrounded, in the places that a placement of this edit writes."""
-    return edit.values.to(wide) if isinstance(edit, Sparse) else edit.delta(weight.detach().to(wide))
+    return edit.values.to(wide) if isinstance(edit, Sparse) else edit.delta(weight.to(wide))
 
 
 # ------------------------------------------------------------------ a whole adapter
@@ -200,7 +201,7 @@ def _weight(weights: Mapping[str, Tensor], name: str, edit: Edit) -> Tensor:
     if name not in weights or tuple(weights[name].shape) != tuple(edit.shape):
         found = f"it is {tuple(weights[name].shape)}" if name in weights else "it has none of that name"
         raise IntarsiaError(f"{name}: the adapter edits a weight {tuple(edit.shape)}; in this model {found}")
-    return weights[name]
+    return weights[name].detach()
 
 
 def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,5 +76,6 @@ def _write(figure: object, path: Path) -> None:
         figure.savefig(aside, dpi=130)  # type: ignore[attr-defined]
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise IntarsiaError(f"could not write the picture {path}: {error.strerror or error}") from error
