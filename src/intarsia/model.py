@@ -372,7 +372,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
     name = Path(folder).name if name is None else name
     _free(model)
     _check_name(model, name)
-    method = registry.build(adapter.method)
+    attached = _made(adapter, str(folder))
+    method = attached.method
     check_fits(model, adapter, str(folder), None if any_base else digest(model))
     layers = {
         weight.removesuffix(".weight"): layer
@@ -386,12 +387,20 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
             edit = adapter.edits[f"{n}.weight"].to(site.weight.device)
             with torch.no_grad():
                 made[n] = chain.State(method, site, method.restore(edit, site))
-    about = adapter.about
-    attached = Attached(
-        method, tuple(about.get("targets", ())), tuple(about.get("exclude", ())), int(about.get("seed", 0))
-    )
     _put_on(model, name, attached, layers, made)
     return name
+
+
+def _made(adapter: store.Adapter, where: str) -> Attached:
+    """How a saved adapter was attached."""
+    method, about = registry.build(adapter.method), adapter.about
+    targets, exclude, seed = about.get("targets", []), about.get("exclude", []), about.get("seed", 0)
+    names = all(
+        isinstance(group, list | tuple) and all(isinstance(n, str) for n in group) for group in (targets, exclude)
+    )
+    if not names or not isinstance(seed, int):
+        raise IntarsiaError(f"{where}: what it says of its making is damaged: {dict(about)}")
+    return Attached(method, tuple(targets), tuple(exclude), seed)
 
 
 def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest: str | None) -> None:

@@ -33,7 +33,7 @@ from intarsia.store.digest import json_digest, tensor_digest
 
 FORMAT = 1
 TENSORS, HEAD, CARD = "adapter.safetensors", "adapter.json", "README.md"
-REQUIRED = ("format", "name", "method", "base", "edits", "tensors", "digest")
+REQUIRED = ("format", "name", "method", "base", "edits", "tensors", "digest", "checksum")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class Adapter:
 
 def _digest(facts: Mapping[str, Any], digests: Mapping[str, str], base: str) -> str:
     return json_digest({"edits": facts, "tensors": digests, "base": base})
+
+
+def _checksum(head: Mapping[str, Any]) -> str:
+    """SHA-256 of all the rest of the head, as it stands in the file."""
+    return json_digest(json.loads(json.dumps({key: value for key, value in head.items() if key != "checksum"})))
 
 
 # ------------------------------------------------------------------ writing
@@ -159,6 +164,7 @@ def _fill(aside: Path, adapter: Adapter) -> None:
         "tensors": digests,
     }
     save_file(tensors, aside / TENSORS, metadata={"format": str(FORMAT), "library": "intarsia"})
+    head["checksum"] = _checksum(head)
     (aside / HEAD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
     (aside / CARD).write_text(card(head, adapter), encoding="utf-8")
     for name in (TENSORS, HEAD, CARD):
@@ -215,7 +221,8 @@ def read(folder: str | Path) -> Adapter:
         for name in sorted(tensors.keys() & head["tensors"].keys())
         if tensor_digest(tensors[name]) != head["tensors"][name]
     ]
-    if not faults and _digest(head["edits"], head["tensors"], head["base"]["digest"]) != head["digest"]:
+    fits = _digest(head["edits"], head["tensors"], head["base"]["digest"]) == head["digest"]
+    if not faults and not (fits and _checksum(head) == head["checksum"]):
         faults.append(f"{HEAD} does not match its own digest; it was edited or damaged")
     edits, more = _build_edits(head["edits"], tensors) if not faults else ({}, [])
     faults += more
@@ -223,7 +230,7 @@ def read(folder: str | Path) -> Adapter:
         shown = faults[:10] + ([f"... and {len(faults) - 10} more"] if len(faults) > 10 else [])
         raise IntarsiaError(f"{folder} is not a whole adapter:\n  " + "\n  ".join(shown))
     base = Base(head["base"]["digest"], head["base"]["dtype"], head["base"].get("source", ""))
-    return Adapter(head["name"], edits, base, head["method"], head["about"], head["note"])
+    return Adapter(head["name"], edits, base, head["method"], head.get("about", {}), head.get("note", {}))
 
 
 def _read_head(folder: Path) -> dict[str, Any]:
@@ -254,7 +261,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
         f"{where} is {type(value).__name__}, expected {kind.__name__}"
         for where, value, kind in (
             *((key, head[key], dict) for key in ("method", "base", "edits", "tensors")),
-            *((key, head.setdefault(key, {}), dict) for key in ("about", "note")),
+            *((key, head.get(key, {}), dict) for key in ("about", "note")),
             *((key, head[key], str) for key in ("name", "digest")),
         )
         if not isinstance(value, kind)
