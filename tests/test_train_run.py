@@ -90,6 +90,12 @@ class Heard(Progress):
         self.steps.append(status.step)
 
 
+def losses(outcome) -> list[tuple[int, float]]:
+    """(step, training loss) as the log of a finished run has them."""
+    lines = (Path(outcome.output) / "log.jsonl").read_text().splitlines()
+    return [(e["step"], e["loss"]) for e in map(json.loads, lines) if e["event"] == "step"]
+
+
 METHODS = [
     {"name": "shira", "scorer": "snip"},
     {"name": "paca", "rank": 3},
@@ -197,7 +203,8 @@ def test_other_optimizers_train_too(config, optimizer):
 
 def test_progress_hears_every_step_and_the_losses(config):
     heard = Heard()
-    train(config(log_every=4), progress=heard)
+    outcome = train(config(log_every=4), progress=heard)
+    assert [step for step, _ in losses(outcome)] == [4, 8, STEPS]
     assert heard.steps == list(range(1, STEPS + 1))
     assert any("numbers trained at 14 weights" in line for line in heard.said)
     assert any(line.startswith(f"step {STEPS}: held out loss") for line in heard.said)
@@ -299,9 +306,29 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_b
     assert outcome.resumed_from == step
     assert outcome.digest == whole.digest
     assert (outcome.tokens, outcome.eval_loss, outcome.base_loss) == (whole.tokens, whole.eval_loss, whole.base_loss)
-    logs = [(Path(o.output) / "log.jsonl").read_text().splitlines() for o in (whole, outcome)]
-    losses = [[e["loss"] for e in map(json.loads, log) if e["event"] == "step"] for log in logs]
-    assert losses[0] == losses[1]
+    assert losses(outcome) == losses(whole)
+
+
+def test_ctrl_c_does_not_wait_for_an_evaluation(config, monkeypatch):
+    after_step(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    heard = Heard()
+    with pytest.raises(TrainingStopped) as stopped:
+        train(config(eval_every=2), progress=heard)
+    assert stopped.value.exit_code == 143
+    assert [line.split(":")[0] for line in heard.said if "held out" in line and "loss" in line] == ["step 0", "step 2"]
+
+
+def test_a_second_ctrl_c_stops_at_once(config, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    after_step(monkeypatch, 5, twice)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(config())
+    assert not isinstance(stopped.value, TrainingStopped)
+    monkeypatch.undo()
+    assert train(config()).resumed_from == 3
 
 
 def test_the_usual_signal_handlers_are_back_afterwards(config):
@@ -351,6 +378,7 @@ def test_after_kill_9_the_same_command_gives_the_same_digest(config, tmp_path):
     outcome = train(wanted)
     assert outcome.resumed_from == 6
     assert outcome.digest == whole.digest
+    assert losses(outcome) == losses(whole)
 
 
 def test_a_kill_between_saving_and_cleaning_up_is_gone_on_from(config, monkeypatch):
