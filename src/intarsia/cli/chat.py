@@ -144,14 +144,19 @@ class Session:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         out.print(f"[bold]{pretrained.name}[/]  {count / 1e6:.0f} M parameters, {dtype}, {model.device.type}")
         for name in self.deck.names:
-            out.print(f"  [cyan]{name}[/]  {self._about(name)}")
+            out.print(f"  [cyan]{name:{self._wide()}}[/]  {self._about(name)}")
         how = "/use NAME sets an adapter in, /off takes it out; " if self.deck.names else ""
         out.print(f"[dim]{how}/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.[/]")
 
     def _about(self, name: str) -> str:
+        from intarsia.train.progress import size
+
         adapter = self.deck[name]
         method, share = adapter.method.get("name", "?"), adapter.touched / adapter.size
-        return f"{method}, {share:.2%} of {len(adapter.edits)} weights, {adapter.bytes / 1e6:.1f} MB"
+        return f"{method}, {share:.2%} of {len(adapter.edits)} weights, {size(adapter.bytes)}"
+
+    def _wide(self) -> int:
+        return max(map(len, self.deck.names), default=0)
 
     def active(self) -> str:
         """What is set in, in a few characters: ``base``, ``phonemes``, ``0.6 phonemes + 0.4 names``."""
@@ -264,7 +269,7 @@ class Session:
         active = self.deck.active
         for name in self.deck.names:
             weight = f"{active[name]:g}" if name in active else ""
-            print(f"{'*' if name in active else ' '} {name}  {weight:4} {self._about(name)}")
+            print(f"{'*' if name in active else ' '} {name:{self._wide()}}  {weight:4} {self._about(name)}")
         if not self.deck.names:
             print("no adapters; name their folders after the model: intarsia chat MODEL ADAPTER...")
         return None

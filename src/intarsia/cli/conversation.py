@@ -89,11 +89,13 @@ class Conversation:
         try:
             for token in self._tokens(ids):
                 given.append(token)
-                piece = self._new_text(given)
                 self.answer.tokens, self.answer.seconds = len(given), time.perf_counter() - begun
-                if piece:
+                if piece := self._new_text(given):
                     self.answer.text += piece
                     yield piece
+            if piece := self._new_text(given, last=True):
+                self.answer.text += piece
+                yield piece
         finally:
             if not self.plain:
                 answer = {"role": "assistant", "content": self.answer.text}
@@ -172,7 +174,9 @@ class Conversation:
             return int(logits.argmax())
         chance = torch.softmax(logits / self.settings.temperature, dim=-1)
         values, order = chance.sort(descending=True)
-        values[values.cumsum(0) - values >= self.settings.top_p] = 0  # the likeliest token always stays
+        beyond = values.cumsum(0) - values >= self.settings.top_p
+        beyond[0] = False  # the likeliest token always stays
+        values[beyond] = 0
         return int(order[torch.multinomial(values, 1, generator=self.sampler)])
 
     def _stops(self) -> set[int]:
@@ -181,7 +185,7 @@ class Conversation:
         listed = named if isinstance(named, list) else [named]
         return {int(i) for i in [*listed, self.pretrained.tokenizer.eos_token_id] if i is not None}
 
-    def _new_text(self, given: list[int]) -> str:
-        """What the last token adds to the text; nothing while a character is not whole."""
+    def _new_text(self, given: list[int], last: bool = False) -> str:
+        """What the tokens add to the text so far; nothing while a character is not whole and may become so."""
         text = str(self.pretrained.tokenizer.decode(given, skip_special_tokens=True))
-        return "" if text.endswith(PARTIAL) else text[len(self.answer.text) :]
+        return "" if text.endswith(PARTIAL) and not last else text[len(self.answer.text) :]

@@ -1,0 +1,57 @@
+"""``intarsia methods``: every method and named variant, for people and for machines."""
+
+from __future__ import annotations
+
+import intarsia as ia
+
+
+def test_every_method_is_a_row(intarsia):
+    rows = {row["id"]: row for row in intarsia("methods", "--json").json}
+    assert set(rows) == {"dora", "lora", "paca", "rslora", "shira"}
+    assert set(ia.registry.methods()) <= set(rows)
+    assert all((row["kind"], row["role"], row["mergeable"]) == ("method", "adapter", True) for row in rows.values())
+    assert {name: row["needs_data"] for name, row in rows.items() if row["needs_data"] != "no"} == {
+        "shira": "some settings",
+        "paca": "some settings",
+    }
+
+
+def test_the_table_shows_what_the_rows_hold(intarsia):
+    ended = intarsia("methods")
+    for name, cls in ia.registry.methods().items():
+        line = next(line for line in ended.out.splitlines() if line.startswith(f"{name} "))
+        assert all(text in line for text in (cls.title, cls.formula, cls.trained, f"{cls.default_lr:g}", cls.paper))
+
+
+def test_one_method_in_full(intarsia):
+    said = intarsia("methods", "paca").out
+    assert "Woo et al. 2025" in said
+    assert "input columns that are trained in every weight" in said
+    assert "random" in said
+    assert f"{ia.Paca().trained_count((576, 576)):,} of a 576 x 576 weight" in said
+
+
+def test_a_variant_is_its_method_with_fields_set(intarsia):
+    row = intarsia("methods", "rslora", "--json").json
+    assert (row["variant_of"], row["paper"]) == ("lora", "arXiv:2312.03732")
+    assert [field["name"] for field in row["fields"]] == ["rank", "alpha"]
+    assert "rsLoRA: LoRA with scaling=rslora" in intarsia("methods", "rslora").out
+    assert ia.registry.build({"name": "rslora", "rank": 4}) == ia.Lora(rank=4, scaling="rslora")
+    assert ia.registry.build({"name": "dora", "inner": "rslora"}) == ia.Dora(ia.Lora(scaling="rslora"))
+
+
+def test_a_field_that_a_variant_sets_cannot_be_given(intarsia, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("{model: m, data: d, output: o, method: {name: rslora, scaling: lora}}")
+    ended = intarsia("train", config)
+    assert ended.code == 2
+    assert "rslora is lora with scaling='rslora', so scaling cannot be given" in ended.err
+
+
+def test_fields_have_types_defaults_and_help(intarsia):
+    for row in intarsia("methods", "--json").json:
+        assert all(field["help"] and field["type"] for field in row["fields"]), row["id"]
+    shira = intarsia("methods", "shira", "--json").json
+    assert {"name": "density", "type": "float", "default": 0.01}.items() <= shira["fields"][0].items()
+    dora = intarsia("methods", "dora", "--json").json
+    assert dora["fields"][0]["default"]["name"] == "lora"

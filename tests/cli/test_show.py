@@ -1,0 +1,110 @@
+"""``intarsia show``: what an adapter changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import intarsia as ia
+from intarsia import pretrained
+from intarsia.edits import Elements
+
+
+def test_facts_of_an_adapter(intarsia, world):
+    folder = world.adapters["spells"]
+    adapter = ia.read(folder)
+    shown = intarsia("show", folder, "--json").json
+    assert shown["digest"] == adapter.digest
+    assert shown["method"] == dict(adapter.method)
+    assert shown["base"]["digest"] == adapter.base.digest
+    assert (shown["weights"], shown["touched"], shown["bytes"]) == (len(adapter.edits), adapter.touched, adapter.bytes)
+    assert shown["files"]["adapter.safetensors"] == (folder / "adapter.safetensors").stat().st_size
+    assert [row["name"] for row in shown["changes"]] == list(adapter.edits)
+    values = torch.cat([edit.values.double() for edit in adapter.edits.values() if isinstance(edit, Elements)])
+    assert shown["norm"] == pytest.approx(values.norm().item())
+    assert shown["invisible_share"] is None, "nothing is known of rounding without the base"
+    assert {row["name"] for row in shown["modules"]} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert [row["name"] for row in shown["layers"]] == ["0", "1"]
+    assert sum(row["touched"] for row in shown["layers"]) == adapter.touched
+
+
+def test_with_the_base_it_measures_what_rounding_loses(intarsia, world):
+    folder = world.adapters["spells"]
+    shown = intarsia("show", folder, "--model", world.base, "--json").json
+    weights = dict(pretrained.load(world.base).model.named_parameters())
+    vanished = changed = 0
+    for name, edit in ia.read(folder).edits.items():
+        assert isinstance(edit, Elements)
+        dense = torch.zeros(edit.shape).flatten().index_copy_(0, edit.index, edit.values).view(edit.shape)
+        after = (weights[name].detach().float() + dense).to(torch.bfloat16)
+        changed += int((dense != 0).sum())
+        vanished += int(((after == weights[name]) & (dense != 0)).sum())
+    assert 0 < vanished < changed
+    assert shown["invisible_share"] == pytest.approx(vanished / changed)
+    assert shown["relative"] > 0
+
+
+def test_the_report_for_people(intarsia, world):
+    said = intarsia("show", world.adapters["counts"]).out
+    adapter = ia.read(world.adapters["counts"])
+    for text in ("counts", adapter.digest, "lora  rank=2", "q_proj", "effective rank", "layers 0 to 1", "low_rank"):
+        assert text in said
+    assert f"needs the base's weights: --model {adapter.base.source}" in " ".join(said.split())
+    ended = intarsia("show", world.adapters["counts"], "--model", world.base)
+    assert ended.code == 0, ended.err
+    based = ended.out
+    assert "of the changed entries vanish when set into the bfloat16 base" in " ".join(based.split())
+
+
+def test_spectra_of_the_most_changed_weights(intarsia, world):
+    folder = world.adapters["counts"]
+    shown = intarsia("show", folder, "--spectrum", 2, "--json").json
+    norms = {row["name"]: row["norm"] for row in shown["changes"]}
+    assert [row["name"] for row in shown["spectra"]] == sorted(norms, key=lambda name: -norms[name])[:2]
+    assert all(row["effective_rank"] <= 2 + 1e-6 for row in shown["spectra"]), "rank 2 was trained"
+    assert intarsia("show", folder, "--spectrum", 0, "--json").json["spectra"] == []
+
+
+def test_a_change_that_depends_on_the_base_is_not_guessed(intarsia, world):
+    folder = world.adapters["lengths"]
+    shown = intarsia("show", folder, "--json").json
+    assert shown["norm"] is None
+    assert shown["spectra"] == []
+    assert "needs --model" in intarsia("show", folder).out
+    based = intarsia("show", folder, "--model", world.base, "--json").json
+    assert based["norm"] > 0
+    assert len(based["spectra"]) == 3
+
+
+@pytest.mark.parametrize("name", ["spells", "counts"])
+def test_plot(intarsia, world, tmp_path, name):
+    ended = intarsia("show", world.adapters[name], "--plot", tmp_path / "new" / "picture.png")
+    assert ended.code == 0
+    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "said"),
+    [
+        ("spells", "picture.txt", "should end in .png, .svg or .pdf"),
+        ("lengths", "picture.png", "name the base: --model"),
+        ("spells", "file/picture.png", "could not write the picture"),
+    ],
+)
+def test_a_plot_that_cannot_be(intarsia, world, tmp_path, name, file, said):
+    (tmp_path / "file").write_text("")
+    ended = intarsia("show", world.adapters[name], "--plot", tmp_path / file)
+    assert ended.code == 2
+    assert said in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_base_that_is_not_its_own(intarsia, world, tmp_path):
+    from toy import save_toy
+
+    ended = intarsia("show", world.adapters["spells"], "--model", save_toy(tmp_path / "other"))
+    assert ended.code == 2
+    assert "belongs to another base (it was made on bfloat16, this model is float32)" in ended.err
