@@ -1,7 +1,8 @@
 """Held-out loss over the learning rate, sparse and low rank at equal count: where the defaults come from.
 
     python bench/learning_rate.py                    the grid: SHiRA, PaCA and LoRA x learning rates x seeds
-    python bench/learning_rate.py --plot docs/images/learning-rate.png      draw what has been measured so far
+    python bench/learning_rate.py --plot docs/images/learning-rate.png --page docs/learning-rate.md
+                                                     draw what has been measured so far, and write the page's table
 
 Results go row by row to bench/results/learning_rate.jsonl; a run that was cut off goes on where it stopped.
 """
@@ -47,9 +48,12 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--table", type=Path, default=Path(__file__).parent / "results" / "learning_rate.jsonl")
     arguments.add_argument("--plot", type=Path, help="draw the table to this PNG instead of measuring")
+    arguments.add_argument("--page", type=Path, help="with --plot: the page whose table is to be written anew")
     given = arguments.parse_args()
     if given.plot:
         plot(given.table, given.plot)
+        if given.page:
+            write_page(given.table, given.page)
         return
     loaded = pretrained.load(given.model, dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +69,45 @@ def main() -> None:
     fill(given.table, cases(given.seeds), measure)
 
 
+NAMES = {
+    json.dumps(SHIRA): "SHiRA random, 0.86 %",
+    json.dumps(LORA): "LoRA r=3, the same count",
+    json.dumps(PACA): "PaCA r=5, near the same count",
+    json.dumps(SHIRA | {"density": 0.003}): "SHiRA random, 0.3 %",
+    json.dumps(SHIRA | {"density": 0.03}): "SHiRA random, 3 %",
+    json.dumps(PAPER): "SHiRA random, 0.86 %, scale=1.0 (as published)",
+}
+
+
+def losses(table: Path) -> dict[str, dict[float, list[float]]]:
+    """Method -> learning rate -> the held-out losses of its seeds."""
+    found: dict[str, dict[float, list[float]]] = {method: {} for method in NAMES}
+    for line in table.read_text().splitlines():
+        row = json.loads(line)
+        found[row["method"]].setdefault(row["lr"], []).append(row["held_out_loss"])
+    return {method: dict(sorted(by_rate.items())) for method, by_rate in found.items() if by_rate}
+
+
+def write_page(table: Path, page: Path) -> None:
+    """The table of the page: mean over the seeds, the range behind it where there are several, the best in bold."""
+    begin, end = "<!-- made by bench/learning_rate.py -->", "<!-- end -->"
+    rows = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
+    for method, by_rate in losses(table).items():
+        best = min(statistics.mean(v) for v in by_rate.values())
+        cells = [_cell(by_rate.get(rate, []), best) for rate in RATES]
+        rows.append(f"| {NAMES[method]} | " + " | ".join(cells) + " |")
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n" + "\n".join(rows) + f"\n{end}{rest.partition(end)[2]}")
+
+
+def _cell(values: list[float], best: float) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.2f}"
+    mean = f"**{mean}**" if statistics.mean(values) == best else mean
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2f}-{max(values):.2f}, n={len(values)})"
+
+
 def plot(table: Path, picture: Path) -> None:
     """Mean and range over the seeds, one curve a method, named at its end."""
     import matplotlib
@@ -72,26 +115,15 @@ def plot(table: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in table.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(8, 4.6))
-    shown = {
-        json.dumps(SHIRA): ("SHiRA, scale auto", "#0a6c74", "-"),
-        json.dumps(LORA): ("LoRA r=3", "#b5532a", "-"),
-        json.dumps(PACA): ("PaCA r=5, scale auto", "#6a8f2f", "-"),
-        json.dumps(SHIRA | {"density": 0.003}): ("SHiRA 0.3 %", "#0a6c74", ":"),
-        json.dumps(SHIRA | {"density": 0.03}): ("SHiRA 3 %", "#0a6c74", "--"),
-        json.dumps(PAPER): ("SHiRA, scale 1 (paper)", "#888888", "-"),
-    }
-    for method, (label, color, style) in shown.items():
-        by_rate: dict[float, list[float]] = {}
-        for row in rows:
-            if row["method"] == method:
-                by_rate.setdefault(row["lr"], []).append(row["held_out_loss"])
-        if not by_rate:
-            continue
+    teal, rust, green = "#0a6c74", "#b5532a", "#6a8f2f"
+    styles = [(teal, "-"), (rust, "-"), (green, "-"), (teal, ":"), (teal, "--"), ("#888888", "-")]
+    style_of = dict(zip(NAMES, styles, strict=True))
+    for method, by_rate in losses(table).items():
+        color, style = style_of[method]
         rates = sorted(by_rate)
         means = [statistics.mean(by_rate[r]) for r in rates]
-        axes.plot(rates, means, style, color=color, marker="o", markersize=4, label=label)
+        axes.plot(rates, means, style, color=color, marker="o", markersize=4, label=NAMES[method])
         axes.fill_between(
             rates, [min(by_rate[r]) for r in rates], [max(by_rate[r]) for r in rates], color=color, alpha=0.15
         )

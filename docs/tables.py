@@ -1,7 +1,7 @@
 """Write the generated tables: the methods in README.md, and docs/methods.md.
 
-    python docs/tables.py            write
-    python docs/tables.py --check    say what is out of date, and exit with 1 if anything is (a test does this)
+python docs/tables.py            write
+python docs/tables.py --check    say what is out of date, and exit with 1 if anything is (a test does this)
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ def readme_table() -> str:
     for variant in ia.registry.variants().values():
         fields = ", ".join(f"{k}={v}" for k, v in variant.fields.items())
         cls = ia.registry.find(variant.name)
-        rows.append(f"| `{variant.name}` ({variant.title}) | {cls.title} with {fields} | {cls.trained} | {_link(variant.paper)} |")
+        rows.append(
+            f"| `{variant.name}` ({variant.title}) | {cls.title} with {fields} | {cls.trained} | {_link(variant.paper)} |"
+        )
     return "\n".join(rows)
 
 
 def methods_page() -> str:
     """docs/methods.md: every method with its fields, from the classes."""
-    parts = ["# Methods", "Made by `docs/tables.py` from the classes. The same on the command line: `intarsia methods NAME`."]
+    parts = [
+        "# Methods",
+        "Made by `docs/tables.py` from the classes. The same on the command line: `intarsia methods NAME`.",
+    ]
     for cls in ia.registry.methods().values():
         doc = sys.modules[cls.__module__].__doc__ or ""
         parts.append(f"## {cls.title} (`{cls.name}`)\n\n```text\n{doc.strip()}\n```")
@@ -43,7 +48,9 @@ def methods_page() -> str:
             default = field.default.config() if isinstance(field.default, ia.Method) else field.default
             rows.append(f"| `{field.name}` | {str(kind).replace('|', 'or')} | `{default}` | {field.metadata['help']} |")
         parts.append("\n".join(rows))
-        parts.append(f"Default learning rate (Adam): {cls.default_lr:g}. {'Can' if cls.mergeable else 'Cannot'} be set into the base.")
+        parts.append(
+            f"Default learning rate (Adam): {cls.default_lr:g}. {'Can' if cls.mergeable else 'Cannot'} be set into the base."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -65,7 +72,10 @@ def expected() -> dict[Path, str]:
 def main() -> int:
     stale = [path for path, text in expected().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if "--check" in sys.argv:
-        print("\n".join(f"{path.relative_to(ROOT)} is out of date: python docs/tables.py" for path in stale) or "tables are up to date")
+        print(
+            "\n".join(f"{path.relative_to(ROOT)} is out of date: python docs/tables.py" for path in stale)
+            or "tables are up to date"
+        )
         return 1 if stale else 0
     for path in stale:
         path.write_text(expected()[path], encoding="utf-8")
