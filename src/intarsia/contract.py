@@ -889,6 +889,10 @@ def explains_itself(method: Method) -> None:
     """The class says name, title, formula, paper and count; its module's docstring says the same in words, with the source
     and ``Trained:``. A method of ours is one file of at most 90 lines that imports what the layout allows."""
     cls = type(method)
+    unknown = [name for name in cls.expected if name not in LAWS]
+    _promise(
+        not unknown, f"{cls.__name__}.expected names {', '.join(unknown)}, which is no law; known: {', '.join(LAWS)}"
+    )
     for attribute in ("name", "title", "formula", "paper", "trained"):
         value = getattr(cls, attribute, None)
         _promise(isinstance(value, str) and bool(value), f"{cls.__name__}.{attribute} is {value!r}, expected a text")
