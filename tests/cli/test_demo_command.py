@@ -42,7 +42,8 @@ def asked(monkeypatch):
     def run(folder: Path, *, progress: Any, **options: Any) -> Result:
         heard.update(folder=folder, **options)
         progress.say("working")
-        return heard["result"]
+        result: Result = heard["result"]
+        return result
 
     monkeypatch.setattr(demo, "run", run)
     return heard

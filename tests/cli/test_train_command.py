@@ -103,9 +103,12 @@ def test_a_run_that_is_stopped_ends_as_a_shell_expects(intarsia, config, monkeyp
 
 def test_restart_is_passed_on(intarsia, config, monkeypatch):
     heard = []
-    monkeypatch.setattr(
-        trainer, "train", lambda *_, resume, **__: heard.append(resume) or (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+
+    def begun(*_: object, resume: str, **__: object) -> None:
+        heard.append(resume)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", begun)
     assert intarsia("train", config).code == 130
-    assert intarsia("train", config, "--restart").code == 130
+    assert intarsia("train", config, "--restart").err == "interrupted\n"
     assert heard == ["auto", "never"]
