@@ -1,0 +1,191 @@
+"""Planted bugs: does a test notice? Run by hand or weekly, not with the tests:  python tests/mutations.py [WORD ...]
+
+Each mutation replaces one piece of text in a copy of the package and runs the quick tests on it, first the file that is
+most likely to notice. A mutation that no test notices is a missing test (exit 1); one whose text is not in the source
+any more is to be brought up to date here (exit 2). Words choose the mutations whose file or description has them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ("test_attach", "test_sites", "test_deck", "goldens", "test_store", "test_contract", "test_public")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One planted bug: ``old`` becomes ``new`` in a file of the package; ``near`` are the tests to run first."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    near: str
+
+
+MUTATIONS = [
+    Mutation(
+        "live gradient without the scale", "forms/sparse.py",
+        "kept, index).to(ctx.dtype) * ctx.scale", "kept, index).to(ctx.dtype)", "goldens",
+    ),
+    Mutation(
+        "no gradient to what is below the branch", "forms/sparse.py",
+        "gx = gy @ ctx.granularity.scatter(ctx.shape, index, change) if ctx.needs_input_grad[0] else None", "gx = torch.zeros_like(kept)",
+        "test_contract",
+    ),
+    Mutation(
+        "columns keep all of x", "support/granularity.py",
+        "        return x.index_select(-1, index)", "        return x", "goldens",
+    ),
+    Mutation(
+        "columns by their sum", "support/granularity.py", "torch.linalg.vector_norm(scores, dim=0)", "scores.sum(0)", "goldens"
+    ),
+    Mutation(
+        "columns start at the rounded weight", "forms/sparse.py", "start = scale * _values(start, scale)", "pass", "goldens"
+    ),
+    Mutation("values found but not searched for", "forms/sparse.py", "for _ in range(4):", "for _ in range(0):", "test_store"),
+    Mutation("a second derivative without a word", "forms/sparse.py", "import once_differentiable", "import Function as _\nonce_differentiable = lambda f: f  # ", "goldens"),
+    Mutation(
+        "written weight rounded twice", "chain.py",
+        "(layer.kept.to(change.dtype) + change).to(weight.dtype)", "layer.kept + change.to(weight.dtype)", "test_attach",
+    ),
+    Mutation(
+        "taken out by subtraction", "chain.py",
+        "state.method.granularity_type().put(layer.weight, state.index, layer.kept)",
+        "state.method.granularity_type().put(layer.weight, state.index, state.method.granularity_type().gather("
+        "layer.weight, state.index) - state.method.change(state.raw()).to(layer.weight.dtype))",
+        "test_contract",
+    ),
+    Mutation(
+        "no error for a weight out of date", "chain.py",
+        "versions(self) != self.written", "False", "test_attach",
+    ),
+    Mutation("only seen steps are written", "chain.py", "in stepped or versions", "in () or versions", "test_attach"),
+    Mutation("masters lose bits in a cast", "chain.py", "moved.dtype.itemsize < 4", "moved.dtype.itemsize < 0", "test_contract"),
+    Mutation(
+        "a failure leaves other adapters active", "chain.py",
+        "        give_back(before)\n        raise", "        raise", "test_contract",
+    ),
+    Mutation("a copy that is not written", "chain.py", "write(self)  # a copy counts versions anew", "pass", "test_contract"),
+    Mutation(
+        "rows of the wrong number", "chain.py", "if x.shape[0] != self.row_count:", "if False:", "test_attach"
+    ),
+    Mutation(
+        "kept after it is written over", "deck/deck.py",
+        "            self._kept[target] = placement.read(weight_tensor)\n            placement.write(weight_tensor)",
+        "            placement.write(weight_tensor)\n            self._kept[target] = placement.read(weight_tensor)", "test_deck",
+    ),
+    Mutation(
+        "a failed switch leaves half of it", "deck/deck.py",
+        "                self._take_out()\n                self._set_in(before)\n                raise", "                raise", "test_deck",
+    ),
+    Mutation(
+        "two decks write at once", "deck/deck.py", "        attached.check_unoccupied(self.model, self)\n", "", "test_deck"
+    ),
+    Mutation(
+        "taken out only in part", "deck/deck.py",
+        "for name, bits in self._kept.items():", "for name, bits in list(self._kept.items())[:-1]:", "test_deck",
+    ),
+    Mutation(
+        "fusion rounded twice", "edits/placement.py",
+        "(granularity.gather(W.detach(), index).to(wide) + total).to(W.dtype)",
+        "granularity.gather(W.detach(), index) + total.to(W.dtype)", "test_deck",
+    ),
+    Mutation("overlap overwritten", "edits/placement.py", "total.index_add_(", "total.index_copy_(", "test_deck"),
+    Mutation("overflow set in", "edits/placement.py", "if not bool(placement.bits.isfinite().all()):", "if False:", "test_deck"),
+    Mutation("the norm is not detached", "methods/dora.py", "V.detach() if self.detach_norm else V", "V", "goldens"),
+    Mutation("lengths in half precision", "forms/rescale.py", '| {"magnitude"}', "", "goldens"),
+    Mutation("ratio rounded before the difference", "forms/rescale.py", "(ratio - 1).to(y.dtype)", "(ratio.to(y.dtype) - 1)", "goldens"),
+    Mutation("bias scaled with the rows", "forms/rescale.py", "product = y if b is None else y - b.to(y.dtype)", "product = y", "goldens"),
+    Mutation("rslora scaled as lora", "methods/lora.py", '"rslora": math.sqrt', '"rslora": lambda r: r', "goldens"),
+    Mutation("the global generator", "methods/lora.py", ", generator=start.generator()", "", "test_contract"),
+    Mutation("one support for all layers", "method.py", 'f"{seed}:{site}"', 'f"{seed}"', "test_contract"),
+    Mutation("another permutation", "support/permutation.py", "x = _multiply(x, 0xC2B2AE35)", "x = _multiply(x, 0xC2B2AE37)", "goldens"),
+    Mutation("ties as they come", "support/choose.py", "return torch.cat([above, level]).sort().values", "return scores.topk(count).indices.sort().values", "goldens"),
+    Mutation("snip with a sign", "support/scorers.py", "(_wide(site.weight) * _gradient(start)).abs()", "_wide(site.weight) * _gradient(start)", "goldens"),
+    Mutation("struct without its spacing", "support/choose.py", "spacing = max(1, rows // wanted)", "spacing = 1", "goldens"),
+    Mutation("gradients pile up", "calibrate.py", "                parameter.grad = None\n                if last:", "                if last:", "test_attach"),
+    Mutation("calibration with dropout", "calibrate.py", "        model.eval()\n", "", "test_attach"),
+    Mutation("calibration under what is active", "model.py", "if layer.active\n", "if layer.live\n", "test_attach"),
+    Mutation("gradients not given back", "calibrate.py", "            parameter.grad = grad\n", "", "test_attach"),
+    Mutation("only the last batch", "calibrate.py", "self.totals[name].add_(gradient.to", "self.totals[name].copy_(gradient.to", "test_attach"),
+    Mutation("NaN read from a file", "edits/edit.py", "if not bool(tensor.isfinite().all()):", "if False:", "test_store"),
+    Mutation("indices in any order", "edits/edit.py", "bool((index.diff() > 0).all())", "True", "test_store"),
+    Mutation("indices out of range", "edits/edit.py", "int(index[-1]) < units", "True", "test_store"),
+    Mutation("tensor digests unread", "store/adapter.py", 'if tensor_digest(tensors[name]) != head["tensors"][name]', "if False", "test_store"),
+    Mutation("head digest unread", "store/adapter.py", 'fits and _checksum(head) == head["checksum"]', "True", "test_store"),
+    Mutation("the file is mapped", "store/adapter.py", "tensors = load((folder / TENSORS).read_bytes())", "from safetensors.torch import load_file\n        tensors = load_file(folder / TENSORS)", "test_deck"),
+    Mutation("the old adapter is not put back", "store/adapter.py", "            old.rename(folder)\n", "", "test_store"),
+    Mutation("a newer format is read", "store/adapter.py", 'if head["format"] > FORMAT:', "if False:", "test_store"),
+    Mutation("any base will do", "model.py", "None if any_base else digest(model)", "None", "test_store"),
+    Mutation("everything trains after detaching", "model.py", "parameter.requires_grad_(flags.get(name, True))", "parameter.requires_grad_(True)", "test_attach"),
+    Mutation("rows do not end", "model.py", "            layer.rows, layer.row_count = None, 0\n", "            pass\n", "test_attach"),
+    Mutation("the order of a stack", "model.py", "    record(model).active = names\n", "    record(model).active = tuple(sorted(names))\n", "test_attach"),
+    Mutation("checkpoints unchecked", "model.py", "    _check_numbers(model, name, saved)\n", "", "test_attach"),
+    Mutation("tied weights written", "site.py", "        elif tied:", "        elif False:", "test_sites"),
+    Mutation("parts of names match", "site.py", 'name.endswith(f".{pattern}")', "name.endswith(pattern)", "test_sites"),
+    Mutation("the head is among all-linear", "site.py", "if layer is not head}", "if True}", "test_sites"),
+]  # fmt: skip
+
+
+def notices(source: Path, mutation: Mutation) -> str:
+    """Which tests fail on the mutated copy, or nothing."""
+    environment = os.environ | {"PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": "1", "HYPOTHESIS_SEED": "0"}
+    for tests in dict.fromkeys((mutation.near, *QUICK)):
+        path = source / "tests" / tests
+        target = path if path.is_dir() else path.with_suffix(".py")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:randomly",
+            str(target),
+        ]
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            return (failed or done.stdout.splitlines()[-1:] or ["?"])[0].partition(" - ")[0]
+    return ""
+
+
+def main(words: list[str]) -> int:
+    """Run the mutations that have one of the words, or all. -> the exit status."""
+    chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file} {m.what}" for word in words)]
+    missed, stale = [], []
+    for mutation in chosen:
+        with tempfile.TemporaryDirectory(prefix="intarsia-mutation-") as folder:
+            source, begun = Path(folder), time.monotonic()
+            for part in ("src", "tests"):
+                shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy(ROOT / "pyproject.toml", source)
+            file = source / "src" / "intarsia" / mutation.file
+            text = file.read_text()
+            if text.count(mutation.old) != 1:
+                stale.append(mutation.what)
+                print(f"STALE   {mutation.file}: {mutation.what}", flush=True)
+                continue
+            file.write_text(text.replace(mutation.old, mutation.new))
+            caught = notices(source, mutation)
+        if not caught:
+            missed.append(mutation.what)
+        verdict = f"caught  {mutation.what}: {caught}" if caught else f"MISSED  {mutation.file}: {mutation.what}"
+        print(f"{verdict} ({time.monotonic() - begun:.0f} s)", flush=True)
+    print(f"{len(chosen) - len(missed) - len(stale)} of {len(chosen)} caught, {len(missed)} missed, {len(stale)} stale")
+    return 1 if missed else 2 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
