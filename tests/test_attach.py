@@ -337,6 +337,22 @@ def test_bf16_masters_gather_what_a_bf16_weight_cannot_show():
     torch.testing.assert_close(found, torch.full_like(found, 1.1), rtol=2**-8, atol=0)
 
 
+def test_a_layer_may_be_called_by_the_name_of_its_argument():
+    model = adapted(ia.Shira(density=0.1))
+    assert torch.equal(layer_of(model, "up")(input=some_input()), layer_of(model, "up")(some_input()))
+
+
+@pytest.mark.parametrize(
+    "method", [ia.Shira(density=0.1), ia.Lora(2), ia.Dora(ia.Shira(density=0.1))], ids=lambda m: m.name
+)
+def test_autocast_leaves_float64_alone(method):
+    """As it does for torch's own layers."""
+    model, x = adapted(method, torch.float64), some_input(torch.float64)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
 # ------------------------------------------------------------------ rows
 @pytest.fixture
 def served():

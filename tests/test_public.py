@@ -100,6 +100,8 @@ def test_an_import_is_light():
         ({"name": "lora", "alpha": None}, ia.Lora()),
         ({"name": "dora", "inner": {"name": "paca", "rank": 2}, "detach_norm": "false"}, ia.Dora(ia.Paca(2), False)),
         ({"name": "dora", "inner": "shira"}, ia.Dora(ia.Shira())),
+        ("rslora", ia.Lora(scaling="rslora")),
+        ({"name": "dora", "inner": {"name": "rslora", "rank": 3}}, ia.Dora(ia.Lora(3, scaling="rslora"))),
     ],
     ids=str,
 )
@@ -122,6 +124,9 @@ def test_methods_are_built_from_plain_configs(config, method):
         ({"name": "lora", "rank": "2.5"}, "rank='2.5' is a str; expected int"),
         ({"name": "lora", "rank": True}, "rank=True is a bool; expected int"),
         ({"name": "lora", "rank": [2]}, "is a list; expected int"),
+        ({"name": "lora", "alpha": 10**400}, "alpha is too large a number"),
+        ({"name": "lora", "alpha": "1e400"}, "alpha=inf must be positive"),
+        ({"name": "rslora", "scaling": "lora"}, "rslora is lora with scaling='rslora', so scaling cannot be given"),
         ({"name": "dora", "inner": 3}, "a method is given as"),
         ({"name": "dora", "inner": {"name": "lora", "rnk": 2}}, "lora has no field 'rnk'; did you mean 'rank'"),
         ({"density": 0.1}, "a method is given as .name: ..., field: value.; found"),

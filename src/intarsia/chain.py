@@ -112,7 +112,7 @@ class Adapted:
     kept: Tensor | None  # the base's bits at the support of the live adapter
     written: tuple[int, int]  # versions of (values, weight) when the weight was last written
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
         if self.live is not None and not torch.compiler.is_compiling() and versions(self) != self.written:
             raise IntarsiaError(
                 f"the weight under the live adapter {self.live!r} is out of date: its values or the weight were changed by "
@@ -120,8 +120,8 @@ class Adapted:
                 "activate(model) before changing base weights"
             )
         if self.rows is not None:
-            return self._forward_rows(x)
-        return Chain(self, [self.adapters[name] for name in self.active])(x)  # type: ignore[misc]
+            return self._forward_rows(input)
+        return Chain(self, [self.adapters[name] for name in self.active])(input)  # type: ignore[misc]
 
     def _forward_rows(self, x: Tensor) -> Tensor:
         if x.shape[0] != self.row_count:

@@ -126,7 +126,10 @@ def _fit(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
         value = _number(value, kinds)
     found = "None" if value is None else type(value).__name__
     if found == "int" and "float" in kinds and "int" not in kinds:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise IntarsiaError(f"{method}: {field.name} is too large a number: {error}") from error
     if found not in kinds:
         raise IntarsiaError(f"{method}: {field.name}={value!r} is a {found}; expected {' or '.join(sorted(kinds))}")
     return value
