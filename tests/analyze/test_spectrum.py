@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -66,7 +68,7 @@ def test_rows_and_columns_of_zeros_add_zeros_only(monkeypatch):
     dense = torch.zeros(300, 200)
     dense[7, 3], dense[7, 150], dense[250, 3] = 3.0, 4.0, 0.0
     seen = []
-    svdvals = torch.linalg.svdvals
+    svdvals: Callable[[torch.Tensor], torch.Tensor] = torch.linalg.svdvals
 
     def watched(matrix: torch.Tensor) -> torch.Tensor:
         seen.append(tuple(matrix.shape))
