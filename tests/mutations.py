@@ -2,7 +2,8 @@
 
 Each mutation replaces one piece of text in a copy of the package and runs the quick tests on it, first the file that is
 most likely to notice. A mutation that no test notices is a missing test (exit 1); one whose text is not in the source
-any more is to be brought up to date here (exit 2). Words choose the mutations whose file or description has them.
+any more is to be brought up to date here (exit 2). Words choose the mutations whose file or description has them; ``--near`` runs
+only the file that is most likely to notice.
 """
 
 from __future__ import annotations
@@ -136,10 +137,10 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def notices(source: Path, mutation: Mutation) -> str:
+def notices(source: Path, mutation: Mutation, near: bool) -> str:
     """Which tests fail on the mutated copy, or nothing."""
     environment = os.environ | {"PYTHONPATH": str(source / "src"), "OMP_NUM_THREADS": "1", "HYPOTHESIS_SEED": "0"}
-    for tests in dict.fromkeys((mutation.near, *QUICK)):
+    for tests in dict.fromkeys((mutation.near, *(() if near else QUICK))):
         path = source / "tests" / tests
         target = path if path.is_dir() else path.with_suffix(".py")
         command = [
@@ -163,6 +164,8 @@ def notices(source: Path, mutation: Mutation) -> str:
 
 def main(words: list[str]) -> int:
     """Run the mutations that have one of the words, or all. -> the exit status."""
+    near = "--near" in words
+    words = [word for word in words if word != "--near"]
     chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file} {m.what}" for word in words)]
     missed, stale = [], []
     for mutation in chosen:
@@ -178,7 +181,7 @@ def main(words: list[str]) -> int:
                 print(f"STALE   {mutation.file}: {mutation.what}", flush=True)
                 continue
             file.write_text(text.replace(mutation.old, mutation.new))
-            caught = notices(source, mutation)
+            caught = notices(source, mutation, near)
         if not caught:
             missed.append(mutation.what)
         verdict = f"caught  {mutation.what}: {caught}" if caught else f"MISSED  {mutation.file}: {mutation.what}"
