@@ -64,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         ia.detach(model, name)
     files = home / "rows.jsonl", home / "other.jsonl"
     for file, letter in zip(files, "ab", strict=True):
-        rows = [{"prompt": f"{letter}{i} ->", "completion": f" {letter * (i + 1)}"} for i in range(6)]
+        rows = [{"prompt": f"{letter}{i} ->", "completion": f" {' '.join(letter * (i + 1))}"} for i in range(6)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return World(base, folders, *files)
 

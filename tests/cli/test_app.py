@@ -23,7 +23,17 @@ SURFACE = {
     ),
     "eval": (
         ["adapters"],
-        ["--data", "--model", "--format", "--rows", "--max-length", "--batch-size", "--skip-bad-rows", "--json"],
+        [
+            "--data",
+            "--model",
+            "--format",
+            "--rows",
+            "--max-length",
+            "--batch-size",
+            "--answers",
+            "--skip-bad-rows",
+            "--json",
+        ],
     ),
     "chat": (
         ["model", "adapters"],

@@ -56,6 +56,13 @@ def test_turns_go_through_the_chat_template_and_the_cache_changes_nothing(base):
     assert talk.turns == [*turns[1:], {"role": "assistant", "content": second}]
 
 
+def test_a_cache_of_other_words_is_not_used(base):
+    talk = Conversation(base, Settings(max_new_tokens=4), plain=True)
+    answer(talk, "short")
+    longer = "something else that is longer than all that was said before"
+    assert answer(talk, longer) == answer(Conversation(base, Settings(max_new_tokens=4), plain=True), longer)
+
+
 def test_a_switch_leaves_nothing_of_the_old_weights_in_the_cache(base, world):
     deck = ia.Deck(base.model)
     deck.add(world.adapters["spells"])

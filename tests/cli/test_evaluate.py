@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 import intarsia as ia
+from intarsia import evaluate as measuring
 from intarsia import pretrained, store
 from intarsia.evaluate import held_out_loss
 from intarsia.train.data import load_examples
@@ -87,3 +89,26 @@ def test_adapters_of_different_bases(intarsia, world, tmp_path):
     ended = intarsia("eval", world.adapters["spells"], tmp_path / "theirs", "--data", world.rows)
     assert ended.code == 2
     assert "these adapters belong to different bases" in ended.err
+
+
+def test_answers_are_counted(intarsia, world, monkeypatch):
+    asked = []
+
+    def answer(model: Any, tokenizer: Any, prompts: list[str], most: int, batch_size: int) -> list[str]:
+        asked.append((prompts, most))
+        return ["a", "a a", "a", "a a a a", "a", "b"]  # the first, second and fourth are right
+
+    monkeypatch.setattr(measuring, "generate", answer)
+    words = ("eval", world.adapters["spells"], "--data", world.rows, "--answers")
+    assert intarsia(*words, "--json").json["right"] == {"base": {"rows": 0.5}, "spells": {"rows": 0.5}}
+    assert asked[0][0] == [f"a{i} ->" for i in range(6)]
+    assert asked[0][1] >= len(" a a a a a a"), "there is room for the longest reference"
+    assert intarsia(*words).out.count("50.0%") == 2
+
+
+def test_answers_need_a_prompt(intarsia, world, tmp_path):
+    data = tmp_path / "plain.jsonl"
+    data.write_text('{"text": "some plain text"}\n')
+    ended = intarsia("eval", world.adapters["spells"], "--data", data, "--answers")
+    assert ended.code == 2
+    assert "--answers needs rows of prompt and completion, and these are text" in ended.err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +30,9 @@ def evaluate(
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="At most so many rows of each file.")] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens a row; the rest is cut off.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows a forward pass.")] = 16,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Let each answer too, and count what is right to the letter. Slower.")
+    ] = False,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave bad rows out and count them, instead of stopping.")
     ] = False,
@@ -45,7 +50,7 @@ def evaluate(
         pretrained = given.load_model(
             given.base_of(found, model), progress, named=model is not None, adapters=list(found)
         )
-        tasks, reports = _tasks(names, pretrained, format, rows, max_length, skip_bad_rows)
+        tasks, reports = _tasks(names, pretrained, format, rows, max_length, skip_bad_rows, answers)
         for report in reports.values():
             progress.say(str(report))
         deck = Deck(pretrained.model)
@@ -63,7 +68,7 @@ def evaluate(
         plain = measured.to_dict()
         digests = {name: adapter.digest for name, adapter in found.items()}
         return terminal.print_json(
-            {"model": pretrained.name, "loss": plain["loss"], "adapters": digests}
+            {"model": pretrained.name, "loss": plain["loss"], "right": plain["score"], "adapters": digests}
             | {"data": {name: asdict(report) for name, report in reports.items()}}
         )
     return _print(measured, tasks)
@@ -81,7 +86,13 @@ def _task_names(data: list[Path]) -> dict[str, Path]:
 
 
 def _tasks(
-    names: dict[str, Path], pretrained: Pretrained, format: str, rows: int | None, max_length: int, skip_bad_rows: bool
+    names: dict[str, Path],
+    pretrained: Pretrained,
+    format: str,
+    rows: int | None,
+    max_length: int,
+    skip_bad_rows: bool,
+    answers: bool,
 ) -> tuple[list[Task], dict[str, DataReport]]:
     from intarsia.evaluate import Task
     from intarsia.train.data import load_examples
@@ -92,7 +103,40 @@ def _tasks(
             path, pretrained.tokenizer, format=format, max_length=max_length, skip_bad_rows=skip_bad_rows
         )
         tasks.append(Task(name, examples[:rows]))
+        if answers:
+            tasks[-1] = _answerable(tasks[-1], path, reports[name].format, pretrained)
     return tasks, reports
+
+
+def _answerable(task: Task, path: Path, format: str, pretrained: Pretrained) -> Task:
+    """The task with its prompts and the right answers."""
+    from intarsia.train.data import SHAPES, BadRow, read_rows
+
+    if format != "prompt":
+        raise IntarsiaError(f"{path}: --answers needs rows of prompt and completion, and these are {format}")
+    fields = {row.number: row.fields for row in read_rows(path)}
+    prompts, references = [], []
+    for example in task.examples:
+        found = fields[example.number]
+        assert not isinstance(found, BadRow)  # those are not among the examples
+        pieces = SHAPES["prompt"].pieces(found, pretrained.tokenizer)
+        prompts.append("".join(text for text, trained in pieces if not trained))
+        references.append(str(found["completion"]).strip())
+    longest = max(example.trained for example in task.examples)
+    return dataclasses.replace(
+        task,
+        prompts=prompts,
+        references=references,
+        measure=_right,
+        measure_name="right",
+        max_new_tokens=longest + 1,
+    )
+
+
+def _right(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of answers that are right to the letter; a reference counts with its first line, where answers end."""
+    pairs = zip(answers, references, strict=True)
+    return sum(answer.strip() == reference.partition("\n")[0].strip() for answer, reference in pairs) / len(references)
 
 
 def _print(measured: Matrix, tasks: list[Task]) -> None:
@@ -110,14 +154,16 @@ def _print(measured: Matrix, tasks: list[Task]) -> None:
     base = measured[BASE, name].loss
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("adapter", no_wrap=True)
-    for column in ("loss", "less than base", "perplexity"):
+    asked = tasks[0].measure is not None
+    for column in ("loss", "less than base", "perplexity", *(("right",) if asked else ())):
         table.add_column(column, justify="right")
     for adapter in measured.adapters:
         loss = measured[adapter, name].loss
         best = adapter == measured.best(name)
         less = "" if adapter == BASE else f"{base - loss:+.4f}"
         shown = f"{loss:.4f}"
-        table.add_row(adapter, f"[bold green]{shown}[/]" if best else shown, less, f"{_exp(loss):.4g}")
+        row = [adapter, f"[bold green]{shown}[/]" if best else shown, less, f"{_exp(loss):.4g}"]
+        table.add_row(*row, *([f"{measured[adapter, name].score:.1%}"] if asked else []))
     tokens = sum(example.trained for example in tasks[0].examples)
     out.print(table)
     out.print(f"[dim]{name}: {len(tasks[0].examples)} rows, {tokens:,} tokens of answers[/]")
