@@ -15,7 +15,7 @@ INSTALL := $(PIP) install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types imports tests format clean
+.PHONY: help setup demo test lint types imports tests mutations format clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ imports: $(VENV)/.packages ## the import contracts: downward only
 
 tests: setup ## pytest alone: make tests [PYTEST_FLAGS="-k deck"]
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_FLAGS)
+
+mutations: setup ## plant bugs in a copy of the package, one by one: which tests notice? (long)
+	$(BIN)/python tests/mutations.py
 
 format: $(VENV)/.packages ## put every file into the project's format
 	$(BIN)/ruff check --fix .
