@@ -42,7 +42,7 @@ def page(result: DemoResult) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>intarsia: {len(result.skills)} skills on {escape(result.model)}</title>
+<title>intarsia: {len(result.skills)} skills on {escape(result.title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
@@ -396,7 +396,7 @@ def _draw_matrix(axes: Any, result: DemoResult) -> None:
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0, labelsize=9)
     axes.xaxis.tick_top()
-    _title(axes, f"Every adapter on every skill, held out ({result.model})")
+    _title(axes, f"Every adapter on every skill, held out ({result.title})")
     axes.spines[:].set_visible(False)
 
 
@@ -409,17 +409,24 @@ def _draw_losses(axes: Any, result: DemoResult) -> None:
             losses = [loss for _, loss in adapter.held_out]
             axes.plot(steps, losses, dash, color=colour, linewidth=1.8, marker="o", markersize=3.5)
             labels.append((losses[-1], f"{skill.name} {adapter.kind} {losses[-1]:.2f}", colour))
+    losses = [loss for adapter in result.adapters for _, loss in adapter.held_out]
+    low, high = min(losses) / 1.12, max(losses) * 1.12
     axes.set_yscale("log")
-    axes.set_yticks([1, 2, 3, 5, 8], ["1", "2", "3", "5", "8"])
+    axes.set_ylim(low, high)
+    axes.set_yticks([tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 9, 12) if low < tick < high])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.set_xlim(0, 1.45)
+    axes.set_xlim(0, 1.5)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_xlabel("share of the training")
-    low, high = axes.get_ylim()
-    placed = low / 1.1
-    for loss, text, colour in sorted(labels):
-        placed = max(loss, placed * (high / low) ** 0.055)  # labels stand beside their lines, never on each other
-        axes.annotate(text, (1.02, placed), color=colour, va="center", fontsize=9, annotation_clip=False)
+    axes.set_ylabel("loss (nats an answer token)")
+    apart = (high / low) ** 0.062  # labels stand beside their lines, never on each other
+    places = [loss for loss, _, _ in sorted(labels)]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] * apart)
+    lift = min(1.0, high / places[-1])
+    for place, (_, text, colour) in zip(places, sorted(labels), strict=True):
+        axes.annotate(text, (1.03, place * lift), color=colour, va="center", fontsize=9, annotation_clip=False)
     _title(axes, "Held-out loss at the same number of trained values")
 
 
@@ -430,16 +437,15 @@ def _draw_switches(axes: Any, result: DemoResult) -> None:
         axes.text(
             switch.seconds * 1e3 * 1.08, y, milliseconds(switch.seconds), va="center", fontsize=10, fontweight="bold"
         )
-    axes.set_yticks(
-        range(len(result.switches)), [s.what.replace(" (", "\n(").replace(": ", ":\n", 1) for s in result.switches]
-    )
+    axes.set_yticks(range(len(result.switches)), [s.what.replace(" (", "\n(") for s in result.switches])
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.set_xscale("log")
     axes.set_xlim(min(s.seconds for s in result.switches) * 1e3 / 3, max(s.seconds for s in result.switches) * 1e3 * 3)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("milliseconds (log)")
     axes.invert_yaxis()
-    exact = "the base is back to the bit" if result.exactness.exact else "THE BASE CHANGED"
-    _title(axes, f"Changing the skill of the whole model; afterwards {exact}")
+    exact = "the base comes back to the bit" if result.exactness.exact else "THE BASE CHANGED"
+    _title(axes, f"Switching the whole model: {exact}")
 
 
 def _draw_fusions(axes: Any, result: DemoResult) -> None:
@@ -460,8 +466,9 @@ def _draw_fusions(axes: Any, result: DemoResult) -> None:
     axes.set_xticks(places, names, fontsize=9)
     axes.tick_params(axis="x", length=0)
     axes.axhline(100, color=GREY, linewidth=0.9, linestyle=(0, (4, 4)))
-    axes.set_ylim(0, 122)
+    tallest = max((share or 0.0) * 100 for fusion in result.fusions for share in fusion.retained)
+    axes.set_ylim(0, max(122.0, tallest * 1.2))
     axes.set_ylabel("% of the gain that is left")
     axes.text(0.0, 0.955, " ■ sparse", color=SPARSE, transform=axes.transAxes, fontsize=10, fontweight="bold")
-    axes.text(0.14, 0.955, " ■ LoRA", color=LORA, transform=axes.transAxes, fontsize=10, fontweight="bold")
+    axes.text(0.16, 0.955, " ■ LoRA", color=LORA, transform=axes.transAxes, fontsize=10, fontweight="bold")
     _title(axes, "Two skills fused: how much of each is left")

@@ -120,6 +120,11 @@ class DemoResult:
 
     # ------------------------------------------------------------------------------------------ what follows
 
+    @property
+    def title(self) -> str:
+        """The model's name for readers: of a folder, the last part."""
+        return Path(self.model).name if Path(self.model).is_absolute() else self.model
+
     def of(self, skill: str, *, sparse: bool) -> Trained:
         """The sparse adapter of a skill, or its LoRA."""
         return next(a for a in self.adapters if a.skill == skill and a.sparse == sparse)
@@ -152,7 +157,7 @@ class DemoResult:
         speed = f"{lora / deck:.1f} times quicker" if deck < lora else f"{deck / lora:.1f} times slower"
         base = "is back to the bit" if self.exactness.exact else "is NOT what it was"
         return (
-            f"{count} skills on {self.model}, each in {size:.1f} MB; switching takes {milliseconds(deck)}, {speed} than "
+            f"{count} skills on {self.title}, each in {size:.1f} MB; switching takes {milliseconds(deck)}, {speed} than "
             f"fusing LoRA out and in; after {self.exactness.switches} switches the base {base}. At the same number of "
             f"trained values the sparse adapter has the lower held-out loss on {wins} of {count} skills."
         )

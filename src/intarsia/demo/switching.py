@@ -85,7 +85,7 @@ class _Way:
 
 
 class _Deck(_Way):
-    what = "sparse: deck.use (as shipped, exact)"
+    what = "sparse: deck.use (exact)"
 
     def __init__(self, deck: Deck, names: tuple[str, str]) -> None:
         self.deck, self.names = deck, names
@@ -102,7 +102,7 @@ class _Deck(_Way):
 
 
 class _Prepared(_Way):
-    what = "sparse: only the writes (bits prepared beforehand)"
+    what = "sparse: the writes alone (bits at hand)"
 
     def __init__(self, deck: Deck, names: tuple[str, str], base: dict[str, Tensor]) -> None:
         self.weights = {n: t.clone() for n, t in base.items()}
@@ -161,7 +161,7 @@ class _Lora(_Way):
 
 
 class _LoraFuse(_Lora):
-    what = "LoRA: fuse in place (addmm_), the base at hand"
+    what = "LoRA: fuse into the base (addmm_)"
 
     def __init__(self, deck: Deck, names: tuple[str, str], base: dict[str, Tensor]) -> None:
         super().__init__(deck, names, base)
@@ -181,7 +181,7 @@ class _LoraFuse(_Lora):
 
 
 class _LoraSwitch(_Lora):
-    what = "LoRA: fuse one out and the other in (addmm_ twice)"
+    what = "LoRA: one out, one in (addmm_ twice)"
 
     def before(self, to: int) -> None:
         if self.inside is None:
@@ -195,7 +195,7 @@ class _LoraSwitch(_Lora):
 
 
 class _Dense(_Way):
-    what = "dense copy of all these weights"
+    what = "dense copy (a second set of weights)"
 
     def __init__(self, base: dict[str, Tensor]) -> None:
         self.weights = {n: t.clone() for n, t in base.items()}
