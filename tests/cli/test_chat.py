@@ -53,6 +53,8 @@ def test_turns_go_through_the_chat_template_and_the_cache_changes_nothing(base):
     turns += [{"role": "assistant", "content": first}, {"role": "user", "content": "two"}]
     whole = base.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert second == answer(Conversation(base, Settings(max_new_tokens=8), plain=True), whole)
+    ids = base.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert talk.cached[: len(ids)] == ids
     assert talk.turns == [*turns[1:], {"role": "assistant", "content": second}]
 
 

@@ -12,9 +12,12 @@ import typer
 from intarsia.cli import terminal
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from intarsia.method import Method
     from intarsia.registry import Variant
 
+NARROW = 130  # columns of a terminal below which the table would be folded
 EXAMPLES = ((576, 576), (1536, 576), (4096, 4096))  # (O, I), for the trained counts of one method
 
 
@@ -90,15 +93,27 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _print_all(rows: list[dict[str, Any]]) -> None:
+    out = terminal.output()
+    if out.width < NARROW:
+        for row in rows:
+            out.print(f"[bold cyan]{row['id']:8}[/][bold]{row['title']:8}[/]{_literal(row['formula'])}")
+            facts = (
+                f"{row['role']}, {'mergeable' if row['mergeable'] else 'not mergeable'}, {row['paper']}",
+                f"trains {row['trained']} a weight; needs data: {row['needs_data']}; lr {row['default_lr']:g}",
+            )
+            for line in facts:
+                out.print(f"{'':16}[dim]{_literal(line)}[/]")
+    else:
+        out.print(_table(rows))
+    out.print("\n[dim]intarsia methods NAME: one in full, with its fields[/]")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("id", "title", "role"):
+    for column in ("id", "title", "role", "formula", "trained a weight", "mergeable", "needs data", "lr", "paper"):
         table.add_column(column, no_wrap=True)
-    table.add_column("formula")
-    table.add_column("trained a weight")
-    for column in ("mergeable", "needs data", "lr", "paper"):
-        table.add_column(column, no_wrap=column == "lr")
     for row in rows:
         table.add_row(
             f"[bold cyan]{row['id']}[/]",
@@ -111,9 +126,7 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
             f"{row['default_lr']:g}",
             row["paper"],
         )
-    out = terminal.output()
-    out.print(table)
-    out.print("\n[dim]intarsia methods NAME: one in full, with its fields[/]")
+    return table
 
 
 def _literal(text: str) -> str:
