@@ -56,7 +56,7 @@ MUTATIONS = [
     Mutation("a second derivative without a word", "forms/sparse.py", "import once_differentiable", "import Function as _\nonce_differentiable = lambda f: f  # ", "goldens"),
     Mutation(
         "written weight rounded twice", "chain.py",
-        "(layer.kept.to(change.dtype) + change).to(weight.dtype)", "layer.kept + change.to(weight.dtype)", "test_attach",
+        "(layer.kept.to(change.dtype) + change).to(weight.dtype)", "layer.kept + change.to(weight.dtype)", "test_contract",
     ),
     Mutation(
         "taken out by subtraction", "chain.py",

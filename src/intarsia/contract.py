@@ -399,8 +399,8 @@ def edit_is_the_fold(method: Method) -> None:
 
 @law
 def setting_in_agrees(method: Method) -> None:
-    """A deck gives the weight of the fold, rounded once, and with it the output of the unfused forward; taking out gives
-    back the very bits, in fp32, bf16 and fp16, after use, fusion and use again."""
+    """A deck gives the weight of the fold, rounded once, and with it the output of the unfused forward; a live weight holds
+    the same bits. Taking out gives back the very bits, in fp32, bf16 and fp16, after use, fusion and use again."""
     if not method.mergeable:
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -419,6 +419,12 @@ def setting_in_agrees(method: Method) -> None:
             found = fused.get_parameter(f"{name}.weight").detach().double()
             off = float(((found - W).abs() - bound).max())
             _promise(off <= 0, f"{name}.weight set in is {off:.3g} outside of one rounding of the fold in {dtype}")
+            if layer.live is not None:
+                _same(
+                    layer.weight.detach(),
+                    fused.get_parameter(f"{name}.weight").detach(),
+                    f"live {name}.weight in {dtype}",
+                )
         if dtype == torch.float32:
             _near(fused(_input()), model(_input()), CLOSE * 10, "output set in against the unfused forward")
         deck.fuse(a=0.6, other=-0.3)
