@@ -73,7 +73,7 @@ MUTATIONS = [
     Mutation("masters lose bits in a cast", "chain.py", "moved.dtype.itemsize < 4", "moved.dtype.itemsize < 0", "test_contract"),
     Mutation(
         "a failure leaves other adapters active", "chain.py",
-        "        give_back(before)\n        raise", "        raise", "test_contract",
+        "        give_back(before)\n        raise", "        raise", "test_attach",
     ),
     Mutation("a copy that is not written", "chain.py", "write(self)  # a copy counts versions anew", "pass", "test_contract"),
     Mutation(

@@ -233,6 +233,37 @@ def test_the_order_of_a_stack_is_kept_through_everything():
     assert not torch.equal(model(some_input()), y)
 
 
+@pytest.mark.parametrize("step", ["set_active", "write", "_set_in", "_take_out"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_switch_that_fails_in_the_middle_changes_nothing(step, error, at, monkeypatch):
+    model = small_net()
+    for name, method in {"a": ia.Shira(density=0.1), "b": ia.Paca(2)}.items():
+        ia.attach(model, method, name=name)
+        stir(model, name)
+    real, calls, before, bits = getattr(chain, step), 0, _trace(model), weights(model)
+
+    def fail_once(*args: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise error
+        return real(*args, **named)
+
+    for names in (("a",), ("a", "b"), ()):
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(chain, step, fail_once)
+            if names or step in ("set_active", "_take_out"):
+                with pytest.raises(error):
+                    ia.activate(model, *names)
+        assert ia.active_names(model) == ["b"]
+        assert [layer_of(model, site).active for site in SITES] == [("b",)] * 3
+        for site, expected in bits.items():
+            assert torch.equal(layer_of(model, site).weight, expected)
+        assert _trace(model) == before
+
+
 def test_attached_names_are_in_the_order_of_attaching(model):
     for name in ("b", "a", "c"):
         ia.attach(model, ia.Lora(2), name=name)

@@ -293,18 +293,22 @@ def test_sparse_adapters_leave_the_rest_of_the_weight_alone(dtype):
 
 
 def test_values_are_rounded_once():
-    """bf16: the sum of base and several adapters is rounded at the end, not after each of them."""
-    third = [Elements((24, 16), torch.tensor([5]), torch.tensor([0.4 * 2**-8])) for _ in range(3)]
+    """bf16: the sum of base and adapters is rounded at the end, not each of them, and not their sum before the base."""
     base = small_net(torch.bfloat16)
     with torch.no_grad():
         layer_of(base, "up").weight.view(-1)[5] = 1.0
-    known = Base(ia.digest(base), "bfloat16")
-    deck = ia.Deck(base)
-    deck.add(**{f"n{i}": ia.Adapter("x", {"up.weight": edit}, known, {}) for i, edit in enumerate(third)})  # type: ignore[arg-type]
-    deck.fuse(n0=1.0, n1=1.0, n2=1.0)
-    assert float(weights(deck.model)["up"].view(-1)[5]) == 1.0078125
-    deck.use("n0")
-    assert float(weights(deck.model)["up"].view(-1)[5]) == 1.0
+    known, deck = Base(ia.digest(base), "bfloat16"), ia.Deck(base)
+    # Three times 0.4 of half a step, one of them hardly above half a step: alone in bf16 it would be half, a tie.
+    for name, delta in {"a": 0.4 * 2**-8, "b": 0.4 * 2**-8, "c": 0.4 * 2**-8, "more": 2**-8 * (1 + 2**-9)}.items():
+        edit = Elements((24, 16), torch.tensor([5]), torch.tensor([delta]))
+        deck.add(ia.Adapter(name, {"up.weight": edit}, known, {}))
+    for shares, expected in (
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, 1.0078125),
+        ({"a": 1.0}, 1.0),
+        ({"more": 1.0}, 1.0078125),
+    ):
+        deck.fuse(shares)
+        assert float(weights(deck.model)["up"].view(-1)[5]) == expected
 
 
 def test_a_deck_gives_what_training_gave():
@@ -319,7 +323,7 @@ BAD = [float("nan"), float("inf"), -float("inf"), True, None, "1", [1.0], torch.
 
 
 @pytest.mark.parametrize("weight", BAD, ids=str)
-def test_weights_that_are_no_finite_numbers_are_refused(weight):
+def test_sharesthat_are_no_finite_numbers_are_refused(weight):
     deck = _deck()
     deck.use("columns")
     before = _bits(deck.model)
@@ -374,7 +378,7 @@ def test_other_shapes_are_refused_even_for_any_base():
         ia.Deck(model).add(_adapters(torch.float32)["elements"], any_base=True)
 
 
-def test_tied_weights_are_refused():
+def test_tied_sharesare_refused():
     model = small_net()
     layer_of(model, "again").weight = layer_of(model, "up").weight
     adapter = _by_hand(torch.float32, {"again.weight": Elements((24, 16), torch.tensor([1]), torch.ones(1))})
