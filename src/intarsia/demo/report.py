@@ -456,9 +456,11 @@ def _draw_fusions(axes: Any, result: DemoResult) -> None:
     for strength in strengths:
         for place, skill in enumerate(skills):
             for offset, fusion in zip((-0.2, 0.2), (f for f in result.fusions if f.strength == strength), strict=True):
-                share = max(0.0, fusion.retained[place] or 0.0) * 100
-                axes.bar(x + offset, share, width=0.37, color=SPARSE if fusion.kind == "sparse" else LORA)
-                axes.text(x + offset, share + 1.5, f"{share:.0f}", ha="center", fontsize=8.5)
+                share = fusion.retained[place]
+                height = max(0.0, share or 0.0) * 100
+                axes.bar(x + offset, height, width=0.37, color=SPARSE if fusion.kind == "sparse" else LORA)
+                text = "–" if share is None else f"{share * 100:.0f}"
+                axes.text(x + offset, height + 1.5, text, ha="center", fontsize=8.5)
             places.append(x)
             names.append(f"{skill}\n× {strength:g}")
             x += 1.0
