@@ -53,7 +53,7 @@ def result(toy: Path, heard: io.StringIO, tmp_path_factory: pytest.TempPathFacto
 
 def test_every_part_of_the_story_is_there(result: DemoResult) -> None:
     assert [s.name for s in result.skills] == ["phonemes", "docstring", "names"]
-    assert [a.kind for a in result.adapters] == ["SHiRA-SNIP", "LoRA", "SHiRA-WM", "LoRA", "PaCA", "LoRA"]
+    assert [a.kind for a in result.adapters] == ["PaCA", "LoRA", "SHiRA-WM", "LoRA", "SHiRA-SNIP", "LoRA"]
     assert result.matrix.adapters == (BASE, *(a.name for a in result.adapters))
     assert all(cell.score is not None for cell in result.matrix.cells.values())
     assert [s.name for s in result.switches] == ["deck", "prepared", "lora-fuse", "lora-switch", "dense"]
@@ -160,7 +160,7 @@ def test_the_terminal_tells_it_too(result: DemoResult, heard: io.StringIO) -> No
     console.print(result)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for part in (
-        "phonemes-shira-snip",
+        "phonemes-paca",
         "names-lora",
         "deck.use",
         "the base has the SHA-256 it began with",
@@ -231,7 +231,7 @@ def test_ctrl_c_leaves_no_half_written_adapter(toy: Path, tmp_path: Path, monkey
     monkeypatch.setattr(demo, "train", stopped_at_the_second)
     with pytest.raises(KeyboardInterrupt, match="stopped while training phonemes-lora; adapters that were finished"):
         demo.run(tmp_path / "out", model=str(toy), size=TINY)
-    assert [path.name for path in (tmp_path / "out" / "adapters").iterdir()] == ["phonemes-shira-snip"]
+    assert [path.name for path in (tmp_path / "out" / "adapters").iterdir()] == ["phonemes-paca"]
     assert not (tmp_path / "out" / "results.json").exists()
 
 
