@@ -103,7 +103,7 @@ MUTATIONS = [
     Mutation("overlap overwritten", "edits/placement.py", "total.index_add_(", "total.index_copy_(", "test_deck"),
     Mutation("overflow set in", "edits/placement.py", "if not bool(placement.bits.isfinite().all()):", "if False:", "test_deck"),
     Mutation("the norm is not detached", "methods/dora.py", "V.detach() if self.detach_norm else V", "V", "goldens"),
-    Mutation("lengths in half precision", "forms/rescale.py", '| {"magnitude"}', "", "goldens"),
+    Mutation("lengths in half precision", "forms/rescale.py", '| {"magnitude"}', "", "test_contract"),
     Mutation("ratio rounded before the difference", "forms/rescale.py", "(ratio - 1).to(y.dtype)", "(ratio.to(y.dtype) - 1)", "goldens"),
     Mutation("bias scaled with the rows", "forms/rescale.py", "product = y if b is None else y - b.to(y.dtype)", "product = y", "goldens"),
     Mutation("rslora scaled as lora", "methods/lora.py", '"rslora": math.sqrt', '"rslora": lambda r: r', "goldens"),
