@@ -8,9 +8,11 @@ from typing import get_args
 
 import pytest
 
+from intarsia import registry
 from intarsia.errors import IntarsiaError
 from intarsia.train.config import DataConfig, load_config, make_config, schema
-from intarsia.train.data import SHAPES
+from intarsia.train.data import SHAPES, load_examples
+from toy import toy_tokenizer
 
 WHOLE = """
 model: smollm2-135m
@@ -138,6 +140,14 @@ def test_the_schema_names_every_key_and_default():
     assert set(tree["properties"]) >= {"model", "data", "method", "targets", "output", "train"}
     assert tree["$defs"]["TrainConfig"]["properties"]["batch_size"]["default"] == 16
     assert tree["additionalProperties"] is False
+
+
+def test_the_example_is_a_config_and_its_data_can_be_read():
+    root = Path(__file__).parent.parent
+    config = load_config(root / "examples/roman.yaml")
+    examples, report = load_examples(root / config.data.train, toy_tokenizer())
+    assert (report.format, len(examples), report.cut) == ("prompt", 64, 0)
+    assert registry.build(config.method).needs_gradient()
 
 
 def test_the_config_knows_exactly_the_shapes_there_are():
