@@ -54,7 +54,10 @@ class Shira(Sparse):
         return round(self.density * self.granularity_type().units(shape))
 
     def scale_at(self, shape):
-        return auto_scale(shape, self.trained_count(shape)) if self.scale == "auto" else float(self.scale)
+        if self.scale != "auto":
+            return float(self.scale)
+        # Entries chosen by gradient crowd into a few rows and columns, so the same step weighs more: docs/learning-rate.md.
+        return auto_scale(shape, self.trained_count(shape)) / (2 if self.needs_gradient() else 1)
 
     def choose(self, site, start):
         return choose(self.granularity_type(), self.scorer, self.units(site.shape), site, start, self.offset)
