@@ -18,9 +18,7 @@ def card(head: Mapping[str, Any], adapter: Adapter) -> str:
     notes = "".join(f"| {key} | {_show(value)} |\n" for key, value in head["note"].items())
     about = "".join(f"| {key} | `{value}` |\n" for key, value in head["about"].items())
     front = (
-        f"base_model: {base['source']}\n"
-        if "/" in base["source"] and not base["source"].startswith(("/", "."))
-        else ""
+        f"base_model: {base['source']}\n" if "/" in base["source"] and not base["source"].startswith(("/", ".")) else ""
     )
     return f"""---
 library_name: intarsia
