@@ -70,7 +70,7 @@ def test_version(intarsia):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian"], "no command 'trian'; did you mean 'train'?"),
+        (["trainn"], "no command 'trainn'; did you mean 'train'?"),
         (["xyz"], "no command 'xyz'; known: chat, check, demo, eval, methods, show, train"),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),

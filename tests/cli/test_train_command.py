@@ -75,7 +75,7 @@ def test_bad_rows_stop_it_unless_told_otherwise(intarsia, config, world, tmp_pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trian.steps=3"], "unknown key 'trian'; did you mean 'train'?"),
+        (["trainn.steps=3"], "unknown key 'trainn'; did you mean 'train'?"),
         (["train.step=3"], "did you mean 'train.steps'"),
         (["method=shria"], "unknown method 'shria'; did you mean 'shira'?"),
         (["method.densty=0.1"], "shira has no field 'densty'; did you mean 'density'?"),
