@@ -286,7 +286,7 @@ def _optimizers() -> dict[str, Any]:
     class ThroughData(torch.optim.SGD):
         """Writes as many optimizers outside of torch do: past the version counter."""
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             for group in self.param_groups:
                 for parameter in group["params"]:
                     parameter.data.add_(parameter.grad, alpha=-group["lr"])
@@ -471,7 +471,8 @@ def test_gathered_gradients_are_those_of_plain_backward(batches, model):
     plain = small_net().eval()
     for x in data:
         some_loss(plain, x).backward()
-    before, found = _trace(model), {}
+    before = _trace(model)
+    found: dict[str, torch.Tensor] = {}
     gather_gradients(
         model,
         {site: layer_of(model, site).weight for site in SITES},

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import pytest
 import torch
@@ -297,13 +298,14 @@ def test_an_unknown_law_in_expected_is_found():
 
 
 def test_the_contract_refuses_what_is_no_method():
-    for subject, message in {
+    refused: dict[Any, str] = {
         "math:pi": "expected a method",
         "nothing": "module:Class",
         "no_module:X": "No module named",
         "intarsia.methods.lora:Loro": "no attribute",
         3: "expected a method",
-    }.items():
+    }
+    for subject, message in refused.items():
         with pytest.raises(ia.IntarsiaError, match=message):
             contract.settings(subject)
     with pytest.raises(ia.IntarsiaError, match="unknown law 'x'"):

@@ -147,7 +147,7 @@ def _integers() -> nn.Linear:
 def _replaced() -> nn.Linear:
     layer = nn.Linear(3, 4)
     real = layer.forward
-    layer.forward = lambda x: real(x)  # type: ignore[method-assign]
+    layer.__dict__["forward"] = lambda x: real(x)  # as layer.forward = ... does
     return layer
 
 
