@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 WIDE = 160  # columns where there is no terminal, so that a table in a file or a pipe is not folded
 DEBUG = "INTARSIA_DEBUG"  # set to 1: tracebacks, and what other libraries have to say
 
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+
 INTERRUPTED = 130  # as a shell counts a program that Ctrl-C ended
 
 
@@ -71,12 +79,6 @@ def hush() -> None:
         return
     import warnings
 
-    for name, value in {
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    }.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
