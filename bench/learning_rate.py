@@ -94,6 +94,7 @@ def write_page(table: Path, page: Path) -> None:
     rows = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " |", "|---" * (len(RATES) + 1) + "|"]
     for method, by_rate in losses(table).items():
         best = min(statistics.mean(v) for v in by_rate.values())
+        best = best if len(by_rate) > 1 else float("nan")  # one point is no best
         cells = [_cell(by_rate.get(rate, []), best) for rate in RATES]
         rows.append(f"| {NAMES[method]} | " + " | ".join(cells) + " |")
     before, _, rest = page.read_text().partition(begin)
