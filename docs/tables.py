@@ -16,10 +16,15 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- methods: made by docs/tables.py -->", "<!-- methods end -->"
 
 
+def ours() -> list[type[ia.Method]]:
+    """The methods of this package; those of others that happen to be installed have their own pages."""
+    return [cls for cls in ia.registry.methods().values() if cls.__module__.startswith("intarsia.methods.")]
+
+
 def readme_table() -> str:
     """One row a method or named variant."""
     rows = ["| name | W' | trained numbers a weight | paper |", "|---|---|---|---|"]
-    for cls in ia.registry.methods().values():
+    for cls in ours():
         formula = cls.formula.replace("|", "\\|")
         rows.append(f"| `{cls.name}` ({cls.title}) | `{formula}` | {cls.trained} | {_link(cls.paper)} |")
     for variant in ia.registry.variants().values():
@@ -37,7 +42,7 @@ def methods_page() -> str:
         "# Methods",
         "Made by `docs/tables.py` from the classes. The same on the command line: `intarsia methods NAME`.",
     ]
-    for cls in ia.registry.methods().values():
+    for cls in ours():
         doc = sys.modules[cls.__module__].__doc__ or ""
         parts.append(f"## {cls.title} (`{cls.name}`)\n\n```text\n{doc.strip()}\n```")
         rows = ["| field | type | default | |", "|---|---|---|---|"]

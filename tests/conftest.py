@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from intarsia import pretrained
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and so would every program that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("intarsia", deadline=None)  # a loaded machine is slow, not wrong
 settings.load_profile("intarsia")
 

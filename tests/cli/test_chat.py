@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 
@@ -286,6 +287,8 @@ def test_on_a_real_terminal(program, world):
     def until(text: bytes) -> None:
         nonlocal seen
         while text not in seen:
+            ready, _, _ = select.select([ours], [], [], 120)
+            assert ready, f"waited for {text!r} in vain after {seen.decode(errors='replace')!r}"
             try:
                 piece = os.read(ours, 4096)
             except OSError:  # Linux: the other side is closed
