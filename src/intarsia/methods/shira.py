@@ -57,7 +57,7 @@ class Shira(Sparse):
         if self.scale != "auto":
             return float(self.scale)
         # Entries chosen by gradient crowd into a few rows and columns, so the same step weighs more: docs/learning-rate.md.
-        return auto_scale(shape, self.trained_count(shape)) / (2 if self.needs_gradient() else 1)
+        return auto_scale(shape, self.trained_count(shape)) / (8 if self.needs_gradient() else 1)
 
     def choose(self, site, start):
         return choose(self.granularity_type(), self.scorer, self.units(site.shape), site, start, self.offset)
