@@ -46,16 +46,15 @@ from intarsia.train.unfinished import LOG
 RESULTS, REPORT, PICTURE = "results.json", "report.html", "demo.png"
 LORA_RANK = 3  # the sparse methods get as many trained values as this
 
-# Which sparse method each skill is trained with: one of each kind. Those of FUSED are both of them elements.
-# SNIP picks the entries that the loss reacts to most, and wants less than its method's own rate in runs this short: after
-# 60 steps of 8 names the held-out loss is 2.02 at 4e-3 and 1.39 at 1e-3. The others take their method's own (None).
-KINDS: dict[str, tuple[str, dict[str, Any], float | None]] = {
-    "phonemes": ("PaCA", {"name": "paca"}, None),
-    "docstring": ("SHiRA-WM", {"name": "shira", "scorer": "magnitude"}, None),
-    "names": ("SHiRA-SNIP", {"name": "shira", "scorer": "snip"}, 1e-3),
+# Which sparse method each skill is trained with: one of each kind, each at its method's own learning rate. Those of FUSED
+# are both of them elements.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phonemes": ("PaCA", {"name": "paca"}),
+    "docstring": ("SHiRA-WM", {"name": "shira", "scorer": "magnitude"}),
+    "names": ("SHiRA-SNIP", {"name": "shira", "scorer": "snip"}),
 }
 FUSED = ("docstring", "names")
-LORA: tuple[str, dict[str, Any], float | None] = ("LoRA", {"name": "lora"}, None)
+LORA: tuple[str, dict[str, Any]] = ("LoRA", {"name": "lora"})
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Size:
     shown: int = 4  # examples a skill
 
 
-FULL = Size(steps={"phonemes": 120, "docstring": 24, "names": 60})
+FULL = Size(steps={"phonemes": 90, "docstring": 24, "names": 60})
 QUICK = Size(
     steps={"phonemes": 14, "docstring": 6, "names": 10}, n_train=256, n_held_out=12, watched=12,
     walk=12, rounds=6, strengths=(1.0,), shown=3,
@@ -180,13 +179,13 @@ class _Demo:
         jobs = []
         for skill in learnt:
             files = skill.write(self.folder / "data")
-            for title, method, lr in (KINDS[skill.name], LORA):
-                jobs.append((skill, title, method | budget[method["name"]], lr, files))
+            for title, method in (KINDS[skill.name], LORA):
+                jobs.append((skill, title, method | budget[method["name"]], files))
         adapters = []
-        for number, (skill, title, method, lr, files) in enumerate(jobs, 1):
+        for number, (skill, title, method, files) in enumerate(jobs, 1):
             self.progress.say(f"training {number}/{len(jobs)}: {skill.title} with {title}")
             heard = _Heard(self.progress, f"{number}/{len(jobs)} {skill.name} {title}")
-            outcome = self._train(self._config(skill, title, method, lr, files, base), base, heard)
+            outcome = self._train(self._config(skill, title, method, files, base), base, heard)
             adapters.append(self._trained(skill, title, method, outcome))
             self.progress.say(
                 f"  held-out loss {outcome.base_loss or 0:.3f} -> {outcome.eval_loss or 0:.3f}, "
@@ -199,7 +198,6 @@ class _Demo:
         skill: skills.Skill,
         title: str,
         method: Mapping[str, Any],
-        lr: float | None,
         files: tuple[Path, Path],
         base: Pretrained,
     ) -> Config:
@@ -216,7 +214,6 @@ class _Demo:
                     "steps": steps,
                     "batch_size": self.size.batch_size,
                     "warmup": 0.15,
-                    "lr": lr,
                     "eval_every": max(1, -(-steps // 4)),
                     "save_every": steps,  # a run of a minute needs no checkpoints
                 },
