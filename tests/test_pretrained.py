@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+import intarsia as ia
 from intarsia import pretrained
 from intarsia.errors import IntarsiaError
 from toy import save_toy, toy_model, toy_tokenizer
@@ -71,6 +72,16 @@ def test_what_is_named_is_what_is_told(saved: Path) -> None:
     lines: list[str] = []
     pretrained.load(saved, progress=lines.append)
     assert lines == [f"loading {saved}"]
+
+
+def test_an_adapter_names_its_base_as_it_was_asked_for_not_by_the_cache(tiny_gguf: Path, tmp_path: Path) -> None:
+    found = pretrained.load(tiny_gguf)
+    assert found.folder != tiny_gguf
+    ia.attach(found.model, ia.Shira(density=0.1), name="one")
+    ia.save(found.model, tmp_path / "one")
+    assert ia.read(tmp_path / "one").base.source == str(tiny_gguf)
+    text = "".join(file.read_text() for file in (tmp_path / "one").iterdir() if file.suffix in {".json", ".md"})
+    assert str(found.folder) not in text
 
 
 def test_loading_prints_nothing_of_its_own(saved: Path, tiny_gguf: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -91,6 +91,8 @@ def load(
     folder = locate(name, progress=progress)
     (progress or _silent)(f"loading {name}")
     model, tokenizer = _read(folder, wanted)
+    # What an adapter records as its base: the name that finds it again elsewhere, not a folder of this machine's cache.
+    model.name_or_path = model.config._name_or_path = os.fspath(name)
     if place is not None:
         model.to(place)
     return Pretrained(model, tokenizer, os.fspath(name), folder)
