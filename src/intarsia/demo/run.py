@@ -59,7 +59,7 @@ LORA: tuple[str, dict[str, Any]] = ("LoRA", {"name": "lora"})
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. The full demo takes about 7 minutes on two idle cores, the quick one 1.5."""
+    """How much of everything. The full demo takes about 7 minutes on two idle cores, the quick one 1.7."""
 
     steps: Mapping[str, int]
     n_train: int = 1024
@@ -74,8 +74,8 @@ class Size:
 
 FULL = Size(steps={"phonemes": 90, "docstring": 24, "names": 60})
 QUICK = Size(
-    steps={"phonemes": 14, "docstring": 6, "names": 10}, n_train=256, n_held_out=12, watched=12,
-    walk=12, rounds=6, strengths=(1.0,), shown=3,
+    steps={"phonemes": 9, "docstring": 4, "names": 6}, n_train=256, n_held_out=8, watched=8,
+    walk=8, rounds=3, strengths=(1.0,), shown=3,
 )  # fmt: skip
 
 
