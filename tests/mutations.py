@@ -35,7 +35,7 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "live gradient without the scale", "forms/sparse.py",
-        "kept, index).to(ctx.dtype) * ctx.scale", "kept, index).to(ctx.dtype)", "goldens",
+        "index, plan, ctx.shape).to(ctx.dtype) * ctx.scale", "index, plan, ctx.shape).to(ctx.dtype)", "goldens",
     ),
     Mutation(
         "no gradient to what is below the branch", "forms/sparse.py",
@@ -44,10 +44,10 @@ MUTATIONS = [
     ),
     Mutation(
         "columns keep all of x", "support/granularity.py",
-        "        return x.index_select(-1, index)", "        return x", "goldens",
+        "        return x.index_select(-1, plan[0] if plan else index)", "        return x", "goldens",
     ),
     Mutation(
-        "columns by their sum", "support/granularity.py", "torch.linalg.vector_norm(scores, dim=0)", "scores.sum(0)", "goldens"
+        "columns by their sum", "support/granularity.py", "_norms(scores[:, : units * self.width].reshape(len(scores), units, self.width), (0, 2))", "scores.sum(0)", "goldens"
     ),
     Mutation(
         "columns start at the rounded weight", "forms/sparse.py", "start = scale * _values(start, scale)", "pass", "goldens"
@@ -60,8 +60,8 @@ MUTATIONS = [
     ),
     Mutation(
         "taken out by subtraction", "chain.py",
-        "state.method.granularity_type().put(layer.weight, state.index, layer.kept)",
-        "state.method.granularity_type().put(layer.weight, state.index, state.method.granularity_type().gather("
+        "state.granularity().put(layer.weight, state.index, layer.kept)",
+        "state.granularity().put(layer.weight, state.index, state.granularity().gather("
         "layer.weight, state.index) - state.method.change(state.raw()).to(layer.weight.dtype))",
         "test_contract",
     ),

@@ -50,7 +50,12 @@ def model():
         (lambda: ia.Shira(density=-0.1), "density=-0.1"),
         (lambda: ia.Shira(density=float("nan")), "density=nan"),
         (lambda: ia.Shira(scorer="wanda"), "scorer='wanda' must be one of random, struct, magnitude, gradient, snip"),
-        (lambda: ia.Shira(granularity="line"), "granularity='line' must be one of element, column"),
+        (
+            lambda: ia.Shira(granularity="lines"),
+            "granularity='lines' must be one of element, line, tile, row, column, diagonal",
+        ),
+        (lambda: ia.Shira(granularity="line", width=0), "line: width=0 must be 1 or more"),
+        (lambda: ia.Shira(width=4), "elements have no width"),
         (lambda: ia.Shira(granularity="column", scorer="struct"), "struct chooses entries"),
         (lambda: ia.Shira(scale=0.0), "scale=0.0 must be 'auto' or a positive number"),
         (lambda: ia.Shira(scale=float("inf")), "scale=inf"),

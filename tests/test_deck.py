@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 import intarsia as ia
 from intarsia.deck import deck as deck_module
-from intarsia.edits import Columns, Elements, LowRank, Placement
+from intarsia.edits import LowRank, Placement, columns, elements
 from intarsia.store import Base
 from small import SITES, adapted, layer_of, small_net, some_input, some_loss, weights
 
@@ -225,8 +225,8 @@ def test_sums_are_exact_on_the_union():
     """Overlapping elements add up, others keep their own, the rest of the weight keeps its bits: in float64, exactly."""
     W = layer_of(small_net(torch.float64), "up").weight.detach().clone().view(-1)
     values = some_input(torch.float64, 6)
-    one = Elements((24, 16), torch.tensor([3, 50, 383]), values[:3])
-    two = Elements((24, 16), torch.tensor([0, 50, 51]), values[3:])
+    one = elements((24, 16), torch.tensor([3, 50, 383]), values[:3])
+    two = elements((24, 16), torch.tensor([0, 50, 51]), values[3:])
     deck = ia.Deck(small_net(torch.float64))
     deck.add(a=_by_hand(torch.float64, {"up.weight": one}), b=_by_hand(torch.float64, {"up.weight": two}))
     deck.fuse(a=0.6, b=-0.3)
@@ -246,8 +246,8 @@ def test_sums_are_exact_on_the_union():
 def test_sums_of_columns_are_exact_on_the_union():
     W = layer_of(small_net(torch.float64), "up").weight.detach().clone()
     values = some_input(torch.float64, 24, 4)
-    one = Columns((24, 16), torch.tensor([1, 7]), values[:, :2].contiguous())
-    two = Columns((24, 16), torch.tensor([7, 9]), values[:, 2:].contiguous())
+    one = columns((24, 16), torch.tensor([1, 7]), values[:, :2].contiguous())
+    two = columns((24, 16), torch.tensor([7, 9]), values[:, 2:].contiguous())
     deck = ia.Deck(small_net(torch.float64))
     deck.add(a=_by_hand(torch.float64, {"up.weight": one}), b=_by_hand(torch.float64, {"up.weight": two}))
     deck.fuse({"a": 2.0, "b": 0.5})
@@ -300,7 +300,7 @@ def test_values_are_rounded_once():
     known, deck = Base(ia.digest(base), "bfloat16"), ia.Deck(base)
     # Three times 0.4 of half a step, one of them hardly above half a step: alone in bf16 it would be half, a tie.
     for name, delta in {"a": 0.4 * 2**-8, "b": 0.4 * 2**-8, "c": 0.4 * 2**-8, "more": 2**-8 * (1 + 2**-9)}.items():
-        edit = Elements((24, 16), torch.tensor([5]), torch.tensor([delta]))
+        edit = elements((24, 16), torch.tensor([5]), torch.tensor([delta]))
         deck.add(ia.Adapter(name, {"up.weight": edit}, known, {}))
     for shares, expected in (
         ({"a": 1.0, "b": 1.0, "c": 1.0}, 1.0078125),
@@ -381,7 +381,7 @@ def test_other_shapes_are_refused_even_for_any_base():
 def test_tied_sharesare_refused():
     model = small_net()
     layer_of(model, "again").weight = layer_of(model, "up").weight
-    adapter = _by_hand(torch.float32, {"again.weight": Elements((24, 16), torch.tensor([1]), torch.ones(1))})
+    adapter = _by_hand(torch.float32, {"again.weight": elements((24, 16), torch.tensor([1]), torch.ones(1))})
     with pytest.raises(ia.IntarsiaError, match="tied to up.weight"):
         ia.Deck(model).add(adapter, any_base=True)
 

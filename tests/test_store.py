@@ -307,7 +307,11 @@ def test_a_missing_key_is_named(key, folder):
 @pytest.mark.parametrize(
     ("method", "facts", "message"),
     [
-        (0, {"type": "rows"}, "unknown edit type 'rows'; this version knows elements, columns, low_rank, rescaled"),
+        (
+            0,
+            {"type": "stripes"},
+            "unknown edit type 'stripes'; this version knows elements, lines, tiles, rows, columns",
+        ),
         (0, {"type": ["elements"]}, "damaged"),
         (0, {"type": "columns"}, "values are"),
         (0, {"shape": [24]}, "damaged"),

@@ -21,6 +21,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
 from intarsia.site import Site
+from intarsia.support import Granularity
 
 _ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every adapted layer alive, for the optimizer hook
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a class -> the same with a chain on it, made once
@@ -29,8 +30,8 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a class -> the same wit
 class Tensors:
     """p: the state at one site as attributes (a plain class: Dynamo does not trace SimpleNamespace)."""
 
-    def __init__(self, tensors: dict[str, Tensor], shape: tuple[int, int]):
-        self.shape = shape
+    def __init__(self, tensors: dict[str, Tensor], shape: tuple[int, int], plan: tuple[Tensor, ...] = ()):
+        self.shape, self.plan = shape, plan
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
@@ -46,14 +47,30 @@ class State(nn.Module):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor)
+        self.replan()
+
+    def replan(self) -> None:
+        """Make what follows from the state anew, after tensors of it were written."""
+        plan = self.method.plan(Tensors(self.tensors(), self.shape))
+        self.plan_length = len(plan)
+        for number, tensor in enumerate(plan):
+            self.register_buffer(f"plan{number}", tensor, persistent=False)
+
+    def plan(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f"plan{number}") for number in range(self.plan_length))
 
     def tensors(self) -> dict[str, Tensor]:
         """Trained and constant tensors by name."""
-        return dict(self.named_parameters()) | dict(self.named_buffers())
+        constants = {k: t for k, t in self.named_buffers() if k not in self._non_persistent_buffers_set}
+        return dict(self.named_parameters()) | constants
+
+    def granularity(self) -> Granularity:
+        """Of a sparse method's support."""
+        return self.method.granularity_at(self.shape)  # type: ignore[attr-defined, no-any-return]
 
     def raw(self) -> Tensors:
         """p in the dtypes that are stored."""
-        return Tensors(self.tensors(), self.shape)
+        return Tensors(self.tensors(), self.shape, self.plan())
 
     def cast(self, dtype: torch.dtype) -> Tensors:
         """p in one floating dtype, so that no method ever meets two it did not ask for."""
@@ -61,6 +78,7 @@ class State(nn.Module):
         return Tensors(
             {k: t.to(dtype) if t.is_floating_point() and k not in wide else t for k, t in self.tensors().items()},
             self.shape,
+            self.plan(),
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> State:
@@ -212,7 +230,7 @@ def set_active(layer: Any, names: Sequence[str], live: bool = True) -> None:
 
 def _set_in(layer: Any, name: str) -> None:
     state = layer.adapters[name]
-    layer.kept = state.method.granularity_type().gather(layer.weight.detach(), state.index)
+    layer.kept = state.granularity().gather(layer.weight.detach(), state.index)
     layer.live = name  # from here on the kept bits undo whatever is written
     write(layer)
 
@@ -222,7 +240,7 @@ def _take_out(layer: Any) -> None:
         return
     state = layer.adapters[layer.live]
     with torch.no_grad():
-        state.method.granularity_type().put(layer.weight, state.index, layer.kept)
+        state.granularity().put(layer.weight, state.index, layer.kept)
     layer.live = layer.kept = None
 
 
@@ -233,9 +251,7 @@ def write(layer: Any) -> None:
     state, weight = layer.adapters[layer.live], layer.weight
     with torch.no_grad():
         change = state.method.change(state.raw())
-        state.method.granularity_type().put(
-            weight, state.index, (layer.kept.to(change.dtype) + change).to(weight.dtype)
-        )
+        state.granularity().put(weight, state.index, (layer.kept.to(change.dtype) + change).to(weight.dtype))
     layer.written = versions(layer)
 
 
@@ -253,7 +269,7 @@ def base_weight(layer: Any) -> Tensor:
     assert layer.kept is not None
     state: Any = layer.adapters[layer.live]
     weight = weight.detach().clone()
-    state.method.granularity_type().put(weight, state.index, layer.kept)
+    state.granularity().put(weight, state.index, layer.kept)
     return weight
 
 

@@ -105,6 +105,10 @@ class Method(ABC):
         """Tensors of the state that ``p`` keeps as they are stored, because x's dtype would lose what was trained."""
         return frozenset()
 
+    def plan(self, p: Any) -> tuple[Tensor, ...]:
+        """Constants that follow from the state and are not saved with it; made once, met again as ``p.plan``."""
+        return ()
+
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""
         return None

@@ -312,6 +312,8 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(saved[key])
+        for state in states(model, name).values():
+            state.replan()
     activate(model, *active)
 
 
@@ -321,7 +323,7 @@ def _check_numbers(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> 
         p = chain.Tensors({k: saved[f"{site}/{k}"] for k in state.tensors()}, state.shape)
         edit = state.method.edit(p)
         try:
-            edit.build(edit.shape, edit.tensors(), edit.facts())
+            edit.made_of(edit.tensors())
         except IntarsiaError as error:
             raise IntarsiaError(f"this state does not fit the adapter {name!r}:\n  {site}: {error}") from error
 

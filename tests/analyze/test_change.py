@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from intarsia.analyze import change_norm, group, invisible_share, rounding, spectra, weight_changes
-from intarsia.edits import Columns, Edit, Elements, LowRank, Rescaled
+from intarsia.edits import Edit, LowRank, Rescaled, columns, elements
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Base
 
@@ -19,8 +19,8 @@ def low_rank(scale: float = 0.5) -> LowRank:
 
 def all_kinds() -> list[Edit]:
     return [
-        Elements((O, I), torch.tensor([0, 5, 23]), torch.randn(3)),
-        Columns((O, I), torch.tensor([1, 3]), torch.randn(O, 2)),
+        elements((O, I), torch.tensor([0, 5, 23]), torch.randn(3)),
+        columns((O, I), torch.tensor([1, 3]), torch.randn(O, 2)),
         low_rank(),
         Rescaled((O, I), low_rank(), torch.rand(O) + 0.5),
     ]
@@ -41,7 +41,7 @@ def test_an_update_below_an_eighth_bit_is_invisible_in_bfloat16():
     # Around 1, bfloat16 has steps of 1/128 above and 1/256 below: a change of less than half a step leaves 1 as it is.
     weight = torch.ones(1, 4, dtype=torch.bfloat16)
     values = torch.tensor([1 / 512, -1 / 1024, 1 / 64, 0.0])
-    edit = Elements((1, 4), torch.arange(4), values)
+    edit = elements((1, 4), torch.arange(4), values)
     found = rounding(edit, weight)
     assert (found.changed, found.invisible) == (3, 2), "an entry whose value is zero is not changed"
     assert found.invisible_share == invisible_share(edit, weight) == pytest.approx(2 / 3)
@@ -66,7 +66,7 @@ def test_rounding_is_that_of_setting_in(edit):
 
 
 def test_no_change_loses_nothing():
-    found = rounding(Elements((2, 2), torch.tensor([1]), torch.zeros(1)), torch.ones(2, 2))
+    found = rounding(elements((2, 2), torch.tensor([1]), torch.zeros(1)), torch.ones(2, 2))
     assert (found.changed, found.invisible_share, found.error) == (0, 0.0, 0.0)
 
 

@@ -16,19 +16,21 @@ from intarsia.analyze import (
     spectrum,
     stable_rank,
 )
-from intarsia.edits import Columns, Elements, LowRank, Rescaled
+from intarsia.edits import LowRank, Rescaled, Sparse
+from intarsia.edits import columns as columns_edit
+from intarsia.edits import elements as elements_edit
 from intarsia.errors import IntarsiaError
 
 O, I = 20, 12
 
 
-def elements(k: int = 15) -> Elements:
+def elements(k: int = 15) -> Sparse:
     index = torch.randperm(O * I)[:k].sort().values
-    return Elements((O, I), index, torch.randn(k))
+    return elements_edit((O, I), index, torch.randn(k))
 
 
-def columns(k: int = 3) -> Columns:
-    return Columns((O, I), torch.randperm(I)[:k].sort().values, torch.randn(O, k))
+def columns(k: int = 3) -> Sparse:
+    return columns_edit((O, I), torch.randperm(I)[:k].sort().values, torch.randn(O, k))
 
 
 def low_rank(r: int = 4, scale: float = -1.5) -> LowRank:

@@ -7,7 +7,7 @@ import torch
 
 import intarsia as ia
 from intarsia import pretrained
-from intarsia.edits import Elements
+from intarsia.edits import Sparse
 
 
 def test_facts_of_an_adapter(intarsia, world):
@@ -20,7 +20,7 @@ def test_facts_of_an_adapter(intarsia, world):
     assert (shown["weights"], shown["touched"], shown["bytes"]) == (len(adapter.edits), adapter.touched, adapter.bytes)
     assert shown["files"]["adapter.safetensors"] == (folder / "adapter.safetensors").stat().st_size
     assert [row["name"] for row in shown["changes"]] == list(adapter.edits)
-    values = torch.cat([edit.values.double() for edit in adapter.edits.values() if isinstance(edit, Elements)])
+    values = torch.cat([edit.values.double() for edit in adapter.edits.values() if isinstance(edit, Sparse)])
     assert shown["norm"] == pytest.approx(values.norm().item())
     assert shown["invisible_share"] is None, "nothing is known of rounding without the base"
     assert {row["name"] for row in shown["modules"]} == {
@@ -36,7 +36,7 @@ def test_with_the_base_it_measures_what_rounding_loses(intarsia, world):
     weights = dict(pretrained.load(world.base).model.named_parameters())
     vanished = changed = 0
     for name, edit in ia.read(folder).edits.items():
-        assert isinstance(edit, Elements)
+        assert isinstance(edit, Sparse)
         dense = torch.zeros(edit.shape).flatten().index_copy_(0, edit.index, edit.values).view(edit.shape)
         after = (weights[name].detach().float() + dense).to(torch.bfloat16)
         changed += int((dense != 0).sum())

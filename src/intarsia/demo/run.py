@@ -32,7 +32,7 @@ from intarsia.demo import skills
 from intarsia.demo.report import write_picture, write_report
 from intarsia.demo.result import About, DemoResult, Exactness, Example, Fusion, Trained
 from intarsia.demo.switching import time_switches
-from intarsia.edits import Elements
+from intarsia.edits import Sparse
 from intarsia.errors import IntarsiaError
 from intarsia.evaluate import BASE, Matrix, Task, encode_pairs, held_out_loss, matrix
 from intarsia.model import digest
@@ -408,11 +408,11 @@ def _about(skill: skills.Skill) -> About:
 
 
 def _overlap(deck: Deck, first: str, second: str) -> float:
-    """Entries that both adapters may change, over those of the smaller one."""
+    """Units that both adapters may change, over those of the smaller one."""
     both = smaller = 0
     for name, one in deck[first].edits.items():
         other = deck[second].edits.get(name)
-        if isinstance(one, Elements) and isinstance(other, Elements):
+        if isinstance(one, Sparse) and isinstance(other, Sparse) and one.granularity == other.granularity:
             both += int(torch.isin(one.index, other.index).sum())
             smaller += min(len(one.index), len(other.index))
     return both / max(1, smaller)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
-from intarsia.support import Column, Element, Granularity, Shape, file_index_dtype
+from intarsia.support import GRANULARITIES, Column, Element, Granularity, Shape, file_index_dtype, named_granularity
 
 
 @dataclass(frozen=True, eq=False)
 class Edit(ABC):
-    """One change of one weight of ``shape`` (O, I)."""
+    """One change of one weight of ``shape`` (O, I). ``kind`` is its name in a file."""
 
     shape: Shape
 
@@ -59,37 +59,59 @@ class Edit(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """The same edit on another device."""
-        return self.build(self.shape, {k: t.to(device) for k, t in self.tensors().items()}, self.facts())
+        return self.made_of({k: t.to(device) for k, t in self.tensors().items()})
+
+    def made_of(self, tensors: Mapping[str, Tensor]) -> Self:
+        """An edit of the same kind and facts of other tensors, checked as those of a file are."""
+        return self.build(self.shape, tensors, {"type": self.kind} | self.facts())
 
 
 @dataclass(frozen=True, eq=False)
 class Sparse(Edit):
     """W' = W + values on a support: k units of one granularity. Index sorted; values as the granularity shapes them."""
 
+    granularity: Granularity
     index: Tensor  # (k,) int64, ascending
     values: Tensor  # delta, float32 or float64
 
-    granularity: ClassVar[type[Granularity]]
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The granularity's plural: elements, columns, ..."""
+        return self.granularity.plural
 
     def tensors(self) -> dict[str, Tensor]:
         return {"indices": self.index.to(file_index_dtype(self.shape)), "values": self.values}
 
+    def facts(self) -> dict[str, Any]:
+        # A width of 1 goes without saying: so it was in the first files.
+        return {k: v for k, v in self.granularity.facts().items() if v != 1}
+
     @classmethod
     def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        """From what a file says: ``facts`` has the edit's type and, where units are wide, their width."""
+        kind, width = _PLURALS[facts["type"]], facts.get("width")
+        if width is not None and not (isinstance(width, int) and 1 <= width <= max(shape)):
+            raise IntarsiaError(f"width is {width!r}; expected a whole number from 1 to {max(shape)}")
+        unit = named_granularity(kind, width if width is not None else 1 if kind in ("row", "column") else None)
+        return cls.of(unit, shape, tensors)
+
+    @classmethod
+    def of(cls, unit: Granularity, shape: Shape, tensors: Mapping[str, Tensor]) -> Self:
+        """From tensors by their names in a file, checked."""
         _want(tensors, {"indices", "values"})
         index, values = tensors["indices"], tensors["values"]
-        units = cls.granularity.units(shape)
+        units = unit.units(shape)
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
             raise IntarsiaError(f"indices are {tuple(index.shape)} {index.dtype}; expected one row of int32 or int64")
-        expected = cls.granularity.values_shape(shape, len(index))
+        expected = unit.values_shape(shape, len(index))
         if tuple(values.shape) != expected:
             raise IntarsiaError(f"values are {tuple(values.shape)}; {len(index)} indices need {expected}")
         _want_numbers("values", values)
         if len(index) and not (int(index[0]) >= 0 and int(index[-1]) < units and bool((index.diff() > 0).all())):
             low, high = int(index.min()), int(index.max())
             what = f"reach from {low} to {high}" if low < 0 or high >= units else "are not strictly ascending"
-            raise IntarsiaError(f"indices {what}; expected ascending {cls.granularity.name} numbers in 0..{units - 1}")
-        return cls(shape, index.to(torch.int64), values)
+            raise IntarsiaError(f"indices {what}; expected ascending {unit.name} numbers in 0..{units - 1}")
+        return cls(shape, unit, index.to(torch.int64), values)
 
     def fold(self, W: Tensor) -> Tensor:
         return W + self.delta(W)
@@ -102,16 +124,14 @@ class Sparse(Edit):
         return self.values.numel()
 
 
-class Elements(Sparse):
-    """Single entries: ``indices`` are flat positions row * I + column, ``values`` (k,)."""
+def elements(shape: Shape, index: Tensor, values: Tensor) -> Sparse:
+    """Single entries: ``index`` are flat positions row * I + column, ``values`` (k,)."""
+    return Sparse(shape, Element(), index, values)
 
-    kind, granularity = "elements", Element
 
-
-class Columns(Sparse):
-    """Input columns: ``indices`` are column numbers, ``values`` (O, k)."""
-
-    kind, granularity = "columns", Column
+def columns(shape: Shape, index: Tensor, values: Tensor) -> Sparse:
+    """Input columns: ``index`` are column numbers, ``values`` (O, k)."""
+    return Sparse(shape, Column(), index, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,8 +216,8 @@ def row_norms(V: Tensor) -> Tensor:
     return norms.clamp_min(torch.finfo(V.dtype).tiny)
 
 
-KINDS: dict[str, type[Edit]] = {kind.kind: kind for kind in (Elements, Columns, LowRank, Rescaled)}
-SPARSE: dict[str, type[Sparse]] = {kind.granularity.name: kind for kind in (Elements, Columns)}
+_PLURALS = {kind.plural: name for name, kind in GRANULARITIES.items()}
+KINDS: dict[str, type[Edit]] = dict.fromkeys(_PLURALS, Sparse) | {kind.kind: kind for kind in (LowRank, Rescaled)}
 
 
 def build_edit(kind: Any, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Edit:
@@ -209,7 +229,7 @@ def build_edit(kind: Any, shape: Shape, tensors: Mapping[str, Tensor], facts: Ma
     """
     if kind not in KINDS:
         raise IntarsiaError(f"unknown edit type {kind!r}; this version knows {', '.join(KINDS)}")
-    return KINDS[kind].build(shape, tensors, facts)
+    return KINDS[kind].build(shape, tensors, {**facts, "type": kind})
 
 
 def _want(tensors: Mapping[str, Tensor], names: set[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intarsia.edits.edit import Edit, Elements, Sparse
+from intarsia.edits.edit import Edit, Sparse
 from intarsia.errors import IntarsiaError
 from intarsia.support import Granularity
 
@@ -17,7 +17,7 @@ from intarsia.support import Granularity
 class Placement:
     """Bits for a part of a weight: units ``index`` of a granularity, or the whole weight where granularity is None."""
 
-    granularity: type[Granularity] | None
+    granularity: Granularity | None
     index: Tensor | None
     bits: Tensor
 
@@ -45,12 +45,10 @@ def place(name: str, W: Tensor, terms: Sequence[tuple[float, Edit]]) -> Placemen
         IntarsiaError: where a result is not finite in W's dtype.
     """
     wide = torch.promote_types(W.dtype, torch.float32)
-    kinds = {type(edit) for _, edit in terms}
-    if len(kinds) == 1 and all(isinstance(edit, Sparse) for _, edit in terms):
-        kind = kinds.pop()
-        sparse = [(weight, edit) for weight, edit in terms if isinstance(edit, Sparse)]
+    sparse = [(weight, edit) for weight, edit in terms if isinstance(edit, Sparse)]
+    if len(sparse) == len(terms) and len({edit.granularity for _, edit in sparse}) == 1:
+        granularity = sparse[0][1].granularity
         index, total = _union(sparse, wide)
-        granularity = kind.granularity  # type: ignore[attr-defined]
         bits = (granularity.gather(W.detach(), index).to(wide) + total).to(W.dtype)
         placement = Placement(granularity, index, bits)
     else:
@@ -73,9 +71,9 @@ def _union(terms: Sequence[tuple[float, Sparse]], wide: torch.dtype) -> tuple[Te
         weight, edit = terms[0]
         return edit.index, weight * edit.values.to(wide)
     index = torch.cat([edit.index for _, edit in terms]).unique()
-    dim = 0 if isinstance(terms[0][1], Elements) else 1
-    shape = terms[0][1].granularity.values_shape(terms[0][1].shape, len(index))
-    total = torch.zeros(shape, dtype=wide, device=index.device)
+    unit, shape = terms[0][1].granularity, terms[0][1].shape
+    total = torch.zeros(unit.values_shape(shape, len(index)), dtype=wide, device=index.device)
     for weight, edit in terms:
-        total.index_add_(dim, torch.searchsorted(index, edit.index), weight * edit.values.to(wide))
+        places = unit.spread(torch.searchsorted(index, edit.index))
+        total.index_add_(unit.axis, places, weight * edit.values.to(wide))
     return index, total

@@ -21,21 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from intarsia.edits import SPARSE, Edit
+from intarsia.edits import Edit
 from intarsia.edits import Sparse as SparseEdit
 from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
 from intarsia.method import Start
 from intarsia.site import Site
-from intarsia.support import Granularity, Shape
+from intarsia.support import Granularity, Plan, Shape
 
 
 class Sparse(Delta):
     """State: ``values`` (trained, zero at the start) and ``index``; with ``start`` where the columns themselves are trained."""
 
     @abstractmethod
-    def granularity_type(self) -> type[Granularity]:
-        """What the support is made of."""
+    def granularity_at(self, shape: Shape) -> Granularity:
+        """What the support is made of in a weight of this shape."""
 
     @abstractmethod
     def units(self, shape: Shape) -> int:
@@ -58,11 +58,12 @@ class Sparse(Delta):
         return frozenset({"values", "start"})
 
     def trained_count(self, shape: Shape) -> int:
-        return self.units(shape) * self.granularity_type().size(shape)
+        return self.units(shape) * self.granularity_at(shape).size(shape)
 
     def check(self, site: Site) -> str | None:
-        units, most = self.units(site.shape), self.granularity_type().units(site.shape)
-        what = f"{self.granularity_type().name}s of the {site.shape[0]} x {site.shape[1]} weight"
+        unit, units = self.granularity_at(site.shape), self.units(site.shape)
+        most = unit.units(site.shape)
+        what = f"{unit.plural} of the {site.shape[0]} x {site.shape[1]} weight"
         if units < 1:
             return f"{site.name}: none of the {most} {what} would be trained; raise the density"
         if units > most:
@@ -71,18 +72,21 @@ class Sparse(Delta):
 
     def init(self, site: Site, start: Start) -> dict[str, Tensor]:
         index = self.choose(site, start)
-        shape = self.granularity_type().values_shape(site.shape, len(index))
+        shape = self.granularity_at(site.shape).values_shape(site.shape, len(index))
         return self._state(site, index, torch.zeros(shape, dtype=_wide(site), device=site.weight.device))
 
     def _state(self, site: Site, index: Tensor, delta: Tensor) -> dict[str, Tensor]:
         scale = self.scale_at(site.shape)
         if not self.trains_weights():
             return {"values": nn.Parameter(_values(delta, scale)), "index": index}
-        start = self.granularity_type().gather(site.weight.detach(), index).to(_wide(site))
+        start = self.granularity_at(site.shape).gather(site.weight.detach(), index).to(_wide(site))
         # What the first values stand for, which differs from the weight in the last bit where no number times the scale is
         # the weight: so the change is zero at the start for any scale.
         start = scale * _values(start, scale)
         return {"values": nn.Parameter(_values(delta, scale, start)), "index": index, "start": start}
+
+    def plan(self, p: Any) -> Plan:
+        return self.granularity_at(p.shape).plan(p.shape, p.index)
 
     def change(self, p: Any) -> Tensor:
         """What is added to the support, in the granularity's shape of values."""
@@ -90,32 +94,31 @@ class Sparse(Delta):
         return grown.sub(p.start) if self.trains_weights() else grown
 
     def delta(self, p: Any) -> Tensor:
-        return self.granularity_type().scatter(p.shape, p.index, self.change(p))
+        return self.granularity_at(p.shape).scatter(p.shape, p.index, self.change(p))
 
     def branch(self, p: Any, x: Tensor) -> Tensor:
         x = x.to(_autocast_dtype(x) or x.dtype)
         change = self.change(p).to(x.dtype)
-        return _Branch.apply(x, change, p.index, self.granularity_type(), p.shape)  # type: ignore[no-any-return, no-untyped-call]
+        return _Branch.apply(x, change, p.index, self.granularity_at(p.shape), p.shape, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
 
     def live(self, p: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Forward with a weight that holds the values already. (..., I) -> (..., O)."""
         cast = _autocast_dtype(x)
         if cast is not None:
             x, b = x.to(cast), None if b is None else b.to(cast)
-        scale = self.scale_at(p.shape)
-        return _Live.apply(x, W, b, p.values, p.index, self.granularity_type(), scale, cast is not None)  # type: ignore[no-any-return, no-untyped-call]
+        unit, scale = self.granularity_at(p.shape), self.scale_at(p.shape)
+        return _Live.apply(x, W, b, p.values, p.index, unit, p.shape, scale, cast is not None, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
 
     def edit(self, p: Any) -> Edit:
-        kind = SPARSE[self.granularity_type().name]
-        return kind(p.shape, p.index.detach().clone(), self.change(p).detach().clone())
+        return SparseEdit(
+            p.shape, self.granularity_at(p.shape), p.index.detach().clone(), self.change(p).detach().clone()
+        )
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
-        kind, units = SPARSE[self.granularity_type().name], self.units(site.shape)
-        if not isinstance(edit, kind) or len(edit.index) != units:
-            found = f"{len(edit.index)} {edit.kind}" if isinstance(edit, SparseEdit) else f"a {edit.kind} edit"
-            raise IntarsiaError(
-                f"{site.name}: the file has {found}; its own config asks for {units} {kind.kind}: {self}"
-            )
+        unit, units = self.granularity_at(site.shape), self.units(site.shape)
+        if not isinstance(edit, SparseEdit) or edit.granularity != unit or len(edit.index) != units:
+            found = f"{len(edit.index)} {edit.granularity}" if isinstance(edit, SparseEdit) else f"a {edit.kind} edit"
+            raise IntarsiaError(f"{site.name}: the file has {found}; its own config asks for {units} {unit}: {self}")
         return self._state(site, edit.index.clone(), edit.values.to(_wide(site)))
 
 
@@ -176,24 +179,27 @@ class _Live(torch.autograd.Function):
         b: Tensor | None,
         values: Tensor,
         index: Tensor,
-        granularity: type[Granularity],
+        granularity: Granularity,
+        shape: Shape,
         scale: float,
         cast: bool,
+        *plan: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(granularity.keep(x, index) if ctx.needs_input_grad[3] else None, W, index)
-        ctx.granularity, ctx.scale, ctx.dtype = granularity, scale, values.dtype
+        kept = granularity.keep(x, index, plan) if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept, W, index, *plan)
+        ctx.granularity, ctx.shape, ctx.scale, ctx.dtype = granularity, shape, scale, values.dtype
         return F.linear(x, W.to(x.dtype) if cast else W, b)
 
     @staticmethod
     @once_differentiable  # what is kept has no graph, so a second derivative would be wrong without a word
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, W, index = ctx.saved_tensors
+        kept, W, index, *plan = ctx.saved_tensors
         gx = gy @ W.to(gy.dtype) if ctx.needs_input_grad[0] else None
         gv = None
         if ctx.needs_input_grad[3]:
-            gv = ctx.granularity.gradient(gy, kept, index).to(ctx.dtype) * ctx.scale
+            gv = ctx.granularity.gradient(gy, kept, index, plan, ctx.shape).to(ctx.dtype) * ctx.scale
         gb = gy.reshape(-1, gy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return gx, None, gb, gv, None, None, None, None
+        return gx, None, gb, gv, None, None, None, None, None, *(None for _ in plan)
 
 
 class _Branch(torch.autograd.Function):
@@ -201,16 +207,16 @@ class _Branch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, change: Tensor, index: Tensor, granularity: type[Granularity], shape: Shape
+        ctx: Any, x: Tensor, change: Tensor, index: Tensor, granularity: Granularity, shape: Shape, *plan: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(granularity.keep(x, index), change, index)
+        ctx.save_for_backward(granularity.keep(x, index, plan), change, index, *plan)
         ctx.granularity, ctx.shape = granularity, shape
         return F.linear(x, granularity.scatter(shape, index, change))
 
     @staticmethod
     @once_differentiable  # what is kept has no graph, so a second derivative would be wrong without a word
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        kept, change, index = ctx.saved_tensors
+        kept, change, index, *plan = ctx.saved_tensors
         gx = gy @ ctx.granularity.scatter(ctx.shape, index, change) if ctx.needs_input_grad[0] else None
-        gv = ctx.granularity.gradient(gy, kept, index) if ctx.needs_input_grad[1] else None
-        return gx, gv, None, None, None
+        gv = ctx.granularity.gradient(gy, kept, index, plan, ctx.shape) if ctx.needs_input_grad[1] else None
+        return gx, gv, None, None, None, *(None for _ in plan)

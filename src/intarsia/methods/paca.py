@@ -43,8 +43,8 @@ class Paca(Sparse):
         self.require(self.select in SELECT, "select", "one of " + ", ".join(SELECT))
         self.require(self.parameterization in ("delta", "columns"), "parameterization", "delta or columns")
 
-    def granularity_type(self):
-        return Column
+    def granularity_at(self, shape):
+        return Column()
 
     def units(self, shape):
         return self.rank
@@ -53,7 +53,7 @@ class Paca(Sparse):
         return self.alpha / self.rank if self.alpha else auto_scale(shape, self.trained_count(shape))
 
     def choose(self, site, start):
-        return choose(Column, SELECT[self.select], self.rank, site, start)
+        return choose(Column(), SELECT[self.select], self.rank, site, start)
 
     def needs_gradient(self):
         return self.select == "grad_norm"

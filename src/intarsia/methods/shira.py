@@ -1,7 +1,7 @@
 """SHiRA: train a few entries of W itself.    W' = W + s * scatter(values, index)
 
 Bhardwaj et al. 2024, "Sparse High Rank Adapters", arXiv:2406.13175, section 3; masks in section 3.1.
-Trained: round(density * O * I) numbers a weight (whole columns: round(density * I) * O).  values = 0 at the start.
+Trained: round(density * O * I) numbers a weight (larger units: round(density * units) * entries in one).  values = 0 at the start.
 
 Scorers (the paper's masks): random (Rand), magnitude (WM), gradient (Grad), snip (SNIP), struct (Struct: the diagonal
 and evenly spaced rows).  Deviations: the paper trains with s = 1; here s follows from density and shape, so that
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from intarsia.forms import Sparse, auto_scale
 from intarsia.method import option
 from intarsia.registry import register
-from intarsia.support import GRANULARITIES, NEED_GRADIENT, SCORERS, choose
+from intarsia.support import GRANULARITIES, NEED_GRADIENT, SCORERS, choose, named_granularity
 
 SCORER_NAMES = ("random", "struct", *SCORERS)
 
@@ -26,6 +26,9 @@ class Shira(Sparse):
     density: float = option(0.01, "share of the entries that is trained, in (0, 1]")
     scorer: str = option("random", "what chooses them: " + ", ".join(SCORER_NAMES))
     granularity: str = option("element", "what is chosen: " + ", ".join(GRANULARITIES))
+    width: int | None = option(
+        None, "entries in a line or along a tile's side, rows or columns in a unit; none: 32, 32, 1, 1"
+    )
     scale: float | str = option(
         "auto", "factor in front of the values; 'auto' fits density and shape, 1.0 is the paper"
     )
@@ -34,24 +37,26 @@ class Shira(Sparse):
     name, title, paper = "shira", "SHiRA", "arXiv:2406.13175"
     formula, trained = "W' = W + s * scatter(values, index)", "density * O * I"
     default_lr = 4e-3
-    small = (*({"density": 0.1, "scorer": s} for s in SCORER_NAMES), {"density": 0.2, "granularity": "column"},
-             {"density": 0.1, "scale": 3.0})  # fmt: skip
+    small = (*({"density": 0.1, "scorer": s} for s in SCORER_NAMES), {"density": 0.1, "scale": 3.0},
+             *({"density": 0.2, "granularity": g} for g in ("column", "row", "diagonal")),
+             *({"density": 0.3, "granularity": g, "width": 4} for g in ("line", "tile", "column", "row")))  # fmt: skip
 
     def __post_init__(self):
         self.require(0 < self.density <= 1, "density", "in (0, 1], a share of the entries")
         self.require(self.scorer in SCORER_NAMES, "scorer", "one of " + ", ".join(SCORER_NAMES))
         self.require(self.granularity in GRANULARITIES, "granularity", "one of " + ", ".join(GRANULARITIES))
+        named_granularity(self.granularity, self.width)  # raises for a width that cannot be
         self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and 0 < self.scale < math.inf),
                      "scale", "'auto' or a positive number")  # fmt: skip
         self.require(self.granularity == "element" or self.scorer != "struct", "scorer",
-                     "another one with whole columns: struct chooses entries")  # fmt: skip
+                     "another one with larger units: struct chooses entries")  # fmt: skip
         self.require(self.offset >= 0, "offset", "0 or a row number")
 
-    def granularity_type(self):
-        return GRANULARITIES[self.granularity]
+    def granularity_at(self, shape):
+        return named_granularity(self.granularity, self.width)
 
     def units(self, shape):
-        return round(self.density * self.granularity_type().units(shape))
+        return round(self.density * self.granularity_at(shape).units(shape))
 
     def scale_at(self, shape):
         if self.scale != "auto":
@@ -60,7 +65,7 @@ class Shira(Sparse):
         return auto_scale(shape, self.trained_count(shape)) / (8 if self.needs_gradient() else 1)
 
     def choose(self, site, start):
-        return choose(self.granularity_type(), self.scorer, self.units(site.shape), site, start, self.offset)
+        return choose(self.granularity_at(site.shape), self.scorer, self.units(site.shape), site, start, self.offset)
 
     def needs_gradient(self):
         return self.scorer in NEED_GRADIENT

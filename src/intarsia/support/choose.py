@@ -13,9 +13,7 @@ from intarsia.support.permutation import sample
 from intarsia.support.scorers import SCORERS
 
 
-def choose(
-    granularity: type[Granularity], scorer: str, count: int, site: Site, start: Start, offset: int = 0
-) -> Tensor:
+def choose(granularity: Granularity, scorer: str, count: int, site: Site, start: Start, offset: int = 0) -> Tensor:
     """``count`` units of the weight. -> (count,) sorted int64, on the weight's device.
 
     Raises:
