@@ -15,7 +15,7 @@ from torch import nn
 import intarsia as ia
 from intarsia import chain
 from intarsia import model as models
-from intarsia.calibrate import gather_gradients
+from intarsia.calibrate import gather
 from small import SITES, adapted, layer_of, small_net, some_input, some_loss, state_of, stir, trained, weights
 
 
@@ -49,7 +49,7 @@ def model():
         (lambda: ia.Shira(density=1.01), r"density=1.01 must be in \(0, 1\]"),
         (lambda: ia.Shira(density=-0.1), "density=-0.1"),
         (lambda: ia.Shira(density=float("nan")), "density=nan"),
-        (lambda: ia.Shira(scorer="wanda"), "scorer='wanda' must be one of random, struct, magnitude, gradient, snip"),
+        (lambda: ia.Shira(scorer="wnada"), "scorer='wnada' must be one of random, struct, magnitude, gradient, snip"),
         (
             lambda: ia.Shira(granularity="lines"),
             "granularity='lines' must be one of element, line, tile, row, column, diagonal",
@@ -478,11 +478,12 @@ def test_gathered_gradients_are_those_of_plain_backward(batches, model):
         some_loss(plain, x).backward()
     before = _trace(model)
     found: dict[str, torch.Tensor] = {}
-    gather_gradients(
+    gather(
         model,
         {site: layer_of(model, site).weight for site in SITES},
+        frozenset({"gradient"}),
         data,
-        lambda name, G: found.__setitem__(name, G.clone()),
+        lambda name, all_of_it: found.__setitem__(name, all_of_it["gradient"].clone()),
         some_loss,
     )
     for site in SITES:
@@ -490,17 +491,19 @@ def test_gathered_gradients_are_those_of_plain_backward(batches, model):
     assert _trace(model) == before
 
 
+@pytest.mark.parametrize("needs", [{"gradient"}, {"fisher"}, {"gradient", "fisher", "inputs"}], ids="+".join)
 @pytest.mark.parametrize("batches", [1, 3])
-def test_at_most_one_gradient_is_alive(batches, model):
+def test_at_most_one_gradient_is_alive(batches, needs, model):
     wanted = {site: layer_of(model, site).weight for site in SITES}
     model.zero_grad(set_to_none=True)
     alive, order = [], []
 
-    def use(name: str, G: torch.Tensor) -> None:
+    def use(name: str, found: Any) -> None:
+        assert found.keys() == needs
         order.append(name)
         alive.append(sum(p.grad is not None for p in model.parameters()))
 
-    gather_gradients(model, wanted, [some_input(seed=s) for s in range(batches)], use, some_loss)
+    gather(model, wanted, needs, [some_input(seed=s) for s in range(batches)], use, some_loss)
     assert order == ["again", "down", "up"]  # each as soon as backward has it
     assert max(alive) <= 1
     assert all(p.grad is None for p in model.parameters())

@@ -147,7 +147,7 @@ def test_the_example_is_a_config_and_its_data_can_be_read():
     config = load_config(root / "examples/roman.yaml")
     examples, report = load_examples(root / config.data.train, toy_tokenizer())
     assert (report.format, len(examples), report.cut) == ("prompt", 64, 0)
-    assert registry.build(config.method).needs_gradient()
+    assert registry.build(config.method).needs() == {"gradient"}
 
 
 def test_the_config_knows_exactly_the_shapes_there_are():

@@ -1,7 +1,8 @@
-"""Calibration: the loss gradient of chosen weights over some data, one weight at a time.
+"""Calibration: what is gathered of data for choosing a support, one weight at a time. See ``intarsia.support.scorers``.
 
-Each weight's gradient is handed on as soon as backward has finished it and is freed at once, so the peak memory is one
-layer's gradient. Over several batches the running sums live in a temporary file, mapped into memory, not in memory.
+``gradient`` and ``fisher`` take a backward pass a batch. Each weight's gradient is handed on as soon as backward has finished
+it and is freed at once, so the peak memory is one layer's gradient; over several batches the running sums live in temporary
+files, mapped into memory, not in memory. ``inputs`` takes a forward pass a batch and no labels, and keeps one number an input.
 """
 
 from __future__ import annotations
@@ -19,16 +20,14 @@ from intarsia.errors import IntarsiaError
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int, str], None]
+Use = Callable[[str, Mapping[str, Tensor]], None]
+
+OF_BACKWARD = frozenset({"gradient", "fisher"})
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a transformers model computes itself from a batch with labels."""
-    if not isinstance(batch, Mapping):
-        raise IntarsiaError(
-            f"a calibration batch is a {type(batch).__name__}; expected a mapping of the model's inputs, labels among them, "
-            "or pass loss=function(model, batch)"
-        )
-    loss = getattr(model(**batch), "loss", None)
+    loss = getattr(model(**_mapping(batch)), "loss", None)
     if not isinstance(loss, Tensor):
         raise IntarsiaError(
             "the model returned no loss for a calibration batch; give it labels, or pass loss=function(model, batch)"
@@ -36,87 +35,193 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def gather_gradients(
+def _mapping(batch: Any) -> Mapping[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise IntarsiaError(
+            f"a calibration batch is a {type(batch).__name__}; expected a mapping of the model's inputs, labels among them, "
+            "or pass loss=function(model, batch)"
+        )
+    return batch
+
+
+def gather(
     model: nn.Module,
     weights: Mapping[str, nn.Parameter],
+    needs: frozenset[str],
     data: Iterable[Any],
-    use: Callable[[str, Tensor], None],
+    use: Use,
     loss: Loss | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Call ``use(name, G)`` for every weight, G (O, I) its loss gradient summed over the batches, float32 or wider.
+    """Call ``use(name, found)`` once for every weight, ``found`` holding what is needed, float32 or wider:
 
-    The model runs in eval mode, so that the gradient is the same at every call; modes, ``requires_grad`` and ``.grad`` are
-    as before when this returns or raises. G is only valid during the call.
+        gradient  (O, I)  sum over batches of G, the loss gradient of the weight
+        fisher    (O, I)  sum over batches of G^2
+        inputs    (I,)    ||x_j|| over all tokens that reach the layer; those that ``attention_mask`` hides do not count
+
+    The model runs in eval mode, so that this is the same at every call; modes, ``requires_grad`` and ``.grad`` are as before
+    when this returns or raises. The tensors are only valid during the call.
+
+    Args:
+        weights: by the name of the layer that each belongs to.
 
     Raises:
-        IntarsiaError: for no batches, a batch without loss, or a weight that the loss does not depend on.
+        IntarsiaError: for no batches, a batch without loss, or a weight that the data does not reach.
     """
     batches = list(data)
     if not batches:
-        raise IntarsiaError("the calibration data is empty; gradient scorers need at least one batch")
-    loss = loss or model_loss
+        raise IntarsiaError("the calibration data is empty; scorers that look at data need at least one batch")
+    backward = bool(needs & OF_BACKWARD)
     remaining = dict(weights)
-    with _only_requiring_grad(model, list(weights.values())), _Sums(len(batches) > 1) as sums:
+    inputs = _Inputs(model, weights) if "inputs" in needs else None
+    with (
+        _only_requiring_grad(model, list(weights.values()) if backward else []),
+        Mapped() as sums,
+        inputs or _nothing(),
+    ):
+
+        def hand_on(name: str, found: dict[str, Tensor]) -> None:
+            device = remaining.pop(name).device
+            if inputs:
+                found["inputs"] = inputs.norms(name)
+            use(name, {need: tensor.to(device) for need, tensor in found.items()})
+
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
 
             def take(parameter: Tensor, name: str, last: bool = last) -> None:
-                total = sums.add(name, parameter.grad)
-                parameter.grad = None
+                G, parameter.grad = parameter.grad, None
+                assert G is not None
+                found = _add(sums, name, G, needs, several=len(batches) > 1)
                 if last:
-                    use(name, total)
-                    remaining.pop(name, None)
+                    hand_on(name, found)
 
             hooks = [
                 parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(p, name))
                 for name, parameter in weights.items()
+                if backward
             ]
             try:
-                loss(model, batch).backward()
+                if inputs:
+                    inputs.begin(batch)
+                if backward:
+                    (loss or model_loss)(model, batch).backward()
+                else:
+                    _forward(model, batch, loss)
             finally:
                 for hook in hooks:
                     hook.remove()
             if progress:
                 progress(number + 1, len(batches), "calibrating")
-        for name in list(
-            remaining
-        ):  # the last batch need not reach a weight that an earlier one did, such as an expert
-            if name in sums.totals:
-                use(name, sums.totals[name].to(remaining.pop(name).device))
+        for name in list(remaining):  # the last batch need not reach what an earlier one did, such as an expert
+            found = {need: sums[f"{name}/{need}"] for need in needs & OF_BACKWARD if f"{name}/{need}" in sums}
+            if (found or not backward) and (inputs is None or inputs.reached(name)):
+                hand_on(name, found)
     if remaining:
-        raise IntarsiaError(
-            f"the loss of the calibration data does not depend on {', '.join(remaining)}; exclude them or give other data"
+        what = (
+            "the loss of the calibration data does not depend on" if backward else "the calibration data does not reach"
         )
+        raise IntarsiaError(f"{what} {', '.join(remaining)}; exclude them or give other data")
 
 
-class _Sums:
-    """Running sums by name: passed through for a single batch, in a mapped temporary file otherwise."""
+def _add(sums: Mapped, name: str, G: Tensor, needs: frozenset[str], several: bool) -> dict[str, Tensor]:
+    """What is known of a weight with this batch's gradient: in mapped files where there are more batches than one."""
+    G = G.to(torch.promote_types(G.dtype, torch.float32))
+    found = {}
+    for need in sorted(needs & OF_BACKWARD):
+        term = G.square() if need == "fisher" else G
+        found[need] = sums.add(f"{name}/{need}", term) if several else term
+    return found
 
-    def __init__(self, several: bool):
-        self.several = several
-        self.totals: dict[str, Tensor] = {}
 
-    def __enter__(self) -> _Sums:
-        self.folder = tempfile.TemporaryDirectory(prefix="intarsia-") if self.several else None
+def _forward(model: nn.Module, batch: Any, loss: Loss | None) -> None:
+    with torch.no_grad():
+        if loss:
+            loss(model, batch)
+        else:
+            model(**_mapping(batch))
+
+
+class Mapped:
+    """Tensors by name in temporary files, mapped into memory: as large as the disk allows, gone with the block."""
+
+    def __enter__(self) -> Mapped:
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.tensors: dict[str, Tensor] = {}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.totals.clear()
+        self.tensors.clear()
         if self.folder:
             self.folder.cleanup()
 
-    def add(self, name: str, gradient: Tensor | None) -> Tensor:
-        assert gradient is not None
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if self.folder is None:
-            return gradient
-        if name not in self.totals:
-            file = os.path.join(self.folder.name, f"{len(self.totals)}.bin")
-            total = torch.from_file(file, shared=True, size=gradient.numel(), dtype=gradient.dtype)
-            self.totals[name] = total.view(gradient.shape)
-        self.totals[name].add_(gradient.to("cpu"))
-        return self.totals[name].to(gradient.device)
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def add(self, name: str, tensor: Tensor) -> Tensor:
+        """Add to what stands under the name, zero at first. -> the sum, on the CPU."""
+        if name not in self.tensors:
+            self.folder = self.folder or tempfile.TemporaryDirectory(prefix="intarsia-")
+            file = os.path.join(self.folder.name, f"{len(self.tensors)}.bin")
+            total = torch.from_file(file, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            self.tensors[name] = total.view(tensor.shape)
+        return self.tensors[name].add_(tensor.to("cpu"))
+
+
+class _Inputs:
+    """Sums of squares of what comes into layers, gathered by hooks that only look."""
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+        self.layers = {name: model.get_submodule(name) for name in weights}
+        self.columns = {name: weight.shape[1] for name, weight in weights.items()}
+        self.squares: dict[str, Tensor] = {}
+        self.mask: Tensor | None = None
+
+    def begin(self, batch: Any) -> None:
+        """From now on it is this batch that runs."""
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def reached(self, name: str) -> bool:
+        return name in self.squares
+
+    def norms(self, name: str) -> Tensor:
+        """(I,)"""
+        return self.squares[name].sqrt()
+
+    def __enter__(self) -> _Inputs:
+        def see(layer: nn.Module, given: tuple[Any, ...], name: str) -> None:
+            self._see(name, given[0].detach())
+
+        self.hooks = [
+            layer.register_forward_pre_hook(lambda layer, given, name=name: see(layer, given, name))
+            for name, layer in self.layers.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _see(self, name: str, x: Tensor) -> None:
+        if x.shape[-1] != self.columns[name]:
+            raise IntarsiaError(
+                f"{name}: its input is {tuple(x.shape)} and its weight has {self.columns[name]} columns; "
+                "norms of inputs are known for linear layers only. Exclude it or choose another scorer"
+            )
+        if self.mask is not None and x.shape[:-1] == self.mask.shape:
+            x = x[self.mask.to(x.device).bool()]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=wide).square()
+        self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
 
 
 @contextmanager

@@ -275,7 +275,8 @@ def _site(name: str, dtype: torch.dtype = torch.float32) -> Site:
 
 def _init(method: Method, name: str, seed: int) -> dict[str, Tensor]:
     gradient = torch.randn(24, 16, generator=torch.Generator().manual_seed(6))
-    state = method.init(_site(name), Start.at(name, seed, gradient if method.needs_gradient() else None))
+    found = {"gradient": gradient, "fisher": gradient**2, "inputs": gradient[0].abs(), "movement": gradient.abs()}
+    state = method.init(_site(name), Start.at(name, seed, **{need: found[need] for need in method.needs()}))
     return {key: tensor.detach() for key, tensor in state.items()}
 
 

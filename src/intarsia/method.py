@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from intarsia.site import Site
 
 
+NEEDS = ("gradient", "fisher", "inputs", "movement")  # what can be gathered of data: see Start
+
+
 def option(default: Any, help: str) -> Any:
     """A hyperparameter: its default and one line for the command line, the docs and the config schema."""
     return field(default=default, metadata={"help": help})
@@ -40,17 +43,38 @@ class Start:
 
     Attributes:
         key: 63 random bits that depend on the seed and on the site's name, and on nothing else.
-        gradient: (O, I) float32, the loss gradient of the base summed over the calibration data, when asked for.
+        gradient: (O, I) float32 or wider, the loss gradient of the base summed over the calibration data.
+        fisher: (O, I), the squares of the batches' gradients, summed.
+        inputs: (I,), the norm of each input of the layer over all tokens of the calibration data.
+        movement: (O, I), how far a first, dense training moved the weight.
+        count: how many units this site gets, where that is decided for the whole model.
+        scores: (units,), those that the count was decided by.
+        index: the support itself, where it is known already.
+
+    The four in the middle are there when :meth:`Method.needs` names them.
     """
 
     key: int
     gradient: Tensor | None = None
+    fisher: Tensor | None = None
+    inputs: Tensor | None = None
+    movement: Tensor | None = None
+    count: int | None = None
+    scores: Tensor | None = None
+    index: Tensor | None = None
 
     @classmethod
-    def at(cls, site: str, seed: int, gradient: Tensor | None = None) -> Self:
+    def at(cls, site: str, seed: int, **given: Any) -> Self:
         """The start for one site: two sites of one shape get different keys, whatever the order of the sites."""
         digest = hashlib.blake2b(f"{seed}:{site}".encode(), digest_size=8).digest()
-        return cls(int.from_bytes(digest, "little") >> 1, gradient)
+        return cls(int.from_bytes(digest, "little") >> 1, **given)
+
+    def given(self, need: str) -> Tensor:
+        """What was gathered of the data, by its name. A method or scorer that did not declare the need gets an error."""
+        found: Tensor | None = getattr(self, need)
+        if found is None:
+            raise IntarsiaError(f"{need} is used and was not asked for; declare it: needs(), or @scorer({need!r})")
+        return found
 
     def generator(self) -> torch.Generator:
         """A CPU generator of its own; the global one is neither read nor moved."""
@@ -113,9 +137,9 @@ class Method(ABC):
         """Why this method cannot sit at the site, or None."""
         return None
 
-    def needs_gradient(self) -> bool:
-        """Whether :meth:`init` needs ``start.gradient``, so that attaching needs calibration data."""
-        return False
+    def needs(self) -> frozenset[str]:
+        """What :meth:`init` needs of calibration data, of :data:`NEEDS`: the fields of ``start`` that are filled."""
+        return frozenset()
 
     def config(self) -> dict[str, Any]:
         """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""

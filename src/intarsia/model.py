@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain, registry, store
-from intarsia.calibrate import Loss, Progress, gather_gradients
+from intarsia.calibrate import Loss, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.site import ALL_LINEAR, Site, find_sites, linear_layers, unfit
@@ -61,8 +61,8 @@ def attach(
 
     Args:
         targets: see :mod:`intarsia.site`; every pattern must match something.
-        data: calibration batches for methods that choose by gradient; mappings of the model's inputs with labels, or
-            whatever ``loss(model, batch)`` takes. The gradients of the base are summed over them.
+        data: calibration batches for methods that choose by gradients or inputs (``method.needs()``): mappings of the
+            model's inputs, with labels where gradients are needed, or whatever ``loss(model, batch)`` takes.
         seed: with the layer's name, all that random choices depend on.
         progress: called with (done, all, what) during long work.
 
@@ -76,9 +76,10 @@ def attach(
     _check_name(model, name)
     targets, exclude = _patterns(targets), _patterns(exclude)
     layers = find_sites(model, targets, exclude)
-    if method.needs_gradient() and data is None:
+    if method.needs() and data is None:
         raise IntarsiaError(
-            f"{method.name} chooses by gradient and needs calibration data: pass data=[batch, ...] with labels"
+            f"{method.name} chooses by {', '.join(sorted(method.needs()))} and needs calibration data: pass data=[batch, ...]"
+            f"{'' if method.needs() == {'inputs'} else ' with labels'}"
         )
     with _base_bits(model):
         sites = {n: Site(n, layer.weight, layer.bias) for n, layer in layers.items()}
@@ -102,19 +103,19 @@ def _start(
 ) -> dict[str, chain.State]:
     states: dict[str, chain.State] = {}
 
-    def make(name: str, gradient: Tensor | None = None) -> None:
+    def make(name: str, found: Mapping[str, Tensor]) -> None:
         site = sites[name]
         with torch.no_grad():
-            states[name] = chain.State(method, site, method.init(site, Start.at(name, seed, gradient)))
+            states[name] = chain.State(method, site, method.init(site, Start.at(name, seed, **found)))
         if progress:
             progress(len(states), len(sites), "attaching")
 
-    if method.needs_gradient():
+    if method.needs():
         weights = {name: model.get_parameter(f"{name}.weight") for name in sites}
-        gather_gradients(model, weights, data or (), make, loss, progress)
+        gather(model, weights, method.needs(), data or (), make, loss, progress)
     else:
         for name in sites:
-            make(name)
+            make(name, {})
     return {name: states[name] for name in sites}
 
 

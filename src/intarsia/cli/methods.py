@@ -60,7 +60,7 @@ def _row(cls: type[Method], variant: Variant | None = None) -> dict[str, Any]:
 
 def _needs_data(cls: type[Method]) -> str:
     """``no``, ``yes``, or ``some settings``: whether attaching needs calibration data."""
-    found = {_build(cls, setting).needs_gradient() for setting in cls.small}
+    found = {bool(_build(cls, setting).needs()) for setting in cls.small}
     return "some settings" if len(found) > 1 else "yes" if True in found else "no"
 
 

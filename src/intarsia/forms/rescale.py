@@ -29,8 +29,8 @@ class Rescale(Method):
     def check(self, site: Site) -> str | None:
         return self.inside().check(site)
 
-    def needs_gradient(self) -> bool:
-        return self.inside().needs_gradient()
+    def needs(self) -> frozenset[str]:
+        return self.inside().needs()
 
     def plan(self, p: Any) -> tuple[Tensor, ...]:
         return self.inside().plan(p)

@@ -55,8 +55,8 @@ class Paca(Sparse):
     def choose(self, site, start):
         return choose(Column(), SELECT[self.select], self.rank, site, start)
 
-    def needs_gradient(self):
-        return self.select == "grad_norm"
+    def needs(self):
+        return frozenset({"gradient"} if self.select == "grad_norm" else ())
 
     def trains_weights(self):
         return self.parameterization == "columns"

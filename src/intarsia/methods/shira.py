@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from intarsia.forms import Sparse, auto_scale
 from intarsia.method import option
 from intarsia.registry import register
-from intarsia.support import GRANULARITIES, NEED_GRADIENT, SCORERS, choose, named_granularity
+from intarsia.support import CROWDED, GRANULARITIES, OUTSIDE, SCORERS, choose, is_scorer, named_granularity, needs_of
 
-SCORER_NAMES = ("random", "struct", *SCORERS)
+SCORER_NAMES = ("random", "struct", *SCORERS, OUTSIDE)
 
 
 @register
@@ -37,13 +37,16 @@ class Shira(Sparse):
     name, title, paper = "shira", "SHiRA", "arXiv:2406.13175"
     formula, trained = "W' = W + s * scatter(values, index)", "density * O * I"
     default_lr = 4e-3
-    small = (*({"density": 0.1, "scorer": s} for s in SCORER_NAMES), {"density": 0.1, "scale": 3.0},
+    small = (*({"density": 0.1, "scorer": s} for s in ("random", "struct", "magnitude", "snip", "wanda", "fisher", "residual",
+                                                        "intarsia.support.scorers:gradient")),
+             {"density": 0.1, "scale": 3.0},
              *({"density": 0.2, "granularity": g} for g in ("column", "row", "diagonal")),
              *({"density": 0.3, "granularity": g, "width": 4} for g in ("line", "tile", "column", "row")))  # fmt: skip
 
     def __post_init__(self):
         self.require(0 < self.density <= 1, "density", "in (0, 1], a share of the entries")
-        self.require(self.scorer in SCORER_NAMES, "scorer", "one of " + ", ".join(SCORER_NAMES))
+        self.require(self.scorer in ("random", "struct") or is_scorer(self.scorer), "scorer",
+                     "one of " + ", ".join(SCORER_NAMES))  # fmt: skip
         self.require(self.granularity in GRANULARITIES, "granularity", "one of " + ", ".join(GRANULARITIES))
         named_granularity(self.granularity, self.width)  # raises for a width that cannot be
         self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and 0 < self.scale < math.inf),
@@ -62,10 +65,10 @@ class Shira(Sparse):
         if self.scale != "auto":
             return float(self.scale)
         # Entries chosen by gradient crowd into a few rows and columns, so the same step weighs more: docs/learning-rate.md.
-        return auto_scale(shape, self.trained_count(shape)) / (8 if self.needs_gradient() else 1)
+        return auto_scale(shape, self.trained_count(shape)) / (8 if self.scorer in CROWDED else 1)
 
     def choose(self, site, start):
         return choose(self.granularity_at(site.shape), self.scorer, self.units(site.shape), site, start, self.offset)
 
-    def needs_gradient(self):
-        return self.scorer in NEED_GRADIENT
+    def needs(self):
+        return frozenset() if self.scorer in ("random", "struct") else needs_of(self.scorer)

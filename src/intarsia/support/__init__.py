@@ -17,9 +17,10 @@ from intarsia.support.granularity import (
     named_granularity,
 )
 from intarsia.support.permutation import permute, sample
-from intarsia.support.scorers import NEED_GRADIENT, SCORERS
+from intarsia.support.scorers import CROWDED, OUTSIDE, SCORERS, is_scorer, needs_of, score, scorer
 
 __all__ = [
-    "GRANULARITIES", "NEED_GRADIENT", "SCORERS", "Column", "Diagonal", "Element", "Granularity", "Line", "Plan", "Row",
-    "Shape", "Tile", "Wide", "choose", "file_index_dtype", "named_granularity", "permute", "sample", "struct", "top",
+    "CROWDED", "GRANULARITIES", "OUTSIDE", "SCORERS", "Column", "Diagonal", "Element", "Granularity", "Line", "Plan", "Row",
+    "Shape", "Tile", "Wide", "choose", "file_index_dtype", "is_scorer", "named_granularity", "needs_of", "permute", "sample",
+    "score", "scorer", "struct", "top",
 ]  # fmt: skip

@@ -5,31 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from intarsia.errors import IntarsiaError
 from intarsia.method import Start
 from intarsia.site import Site
 from intarsia.support.granularity import Granularity, Shape
 from intarsia.support.permutation import sample
-from intarsia.support.scorers import SCORERS
+from intarsia.support.scorers import score
 
 
 def choose(granularity: Granularity, scorer: str, count: int, site: Site, start: Start, offset: int = 0) -> Tensor:
     """``count`` units of the weight. -> (count,) sorted int64, on the weight's device.
 
     Raises:
-        IntarsiaError: when a score is not a number (a broken base or calibration).
+        IntarsiaError: when the scorer fails or gives no finite numbers (a broken base or calibration).
     """
     if scorer == "random":
         index = sample(granularity.units(site.shape), count, start.key)
     elif scorer == "struct":
         index = struct(site.shape, count, offset)
     else:
-        scores = granularity.reduce(SCORERS[scorer](site, start))
-        if not scores.isfinite().all():
-            raise IntarsiaError(
-                f"{site.name}: the scorer {scorer!r} gave scores that are not finite; check the base and the calibration data"
-            )
-        index = top(scores, count)
+        index = top(granularity.reduce(score(scorer, site, start)), count)
     return index.to(site.weight.device)
 
 

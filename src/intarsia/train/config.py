@@ -78,7 +78,9 @@ class TrainConfig(Section):
     max_length: int = Field(default=512, ge=2, description="tokens a row; what goes beyond is cut off at the end")
     gradient_checkpointing: bool = Field(default=False, description="less memory for a third more time")
     calibration_batches: int = Field(
-        default=1, ge=1, description="batches for methods that choose by gradient; more than one need a temporary file"
+        default=1,
+        ge=1,
+        description="batches for methods that choose by gradients or inputs; more than one need a temporary file",
     )
     log_every: int = Field(default=1, ge=1, description="steps between two entries of log.jsonl")
     eval_every: int | None = Field(

@@ -389,7 +389,7 @@ def schedule(step: int, *, steps: int, warmup: float, kind: str) -> float:
 
 
 def calibration_batches(ready: Plan) -> list[dict[str, torch.Tensor]]:
-    """Batches for methods that choose by gradient: rows taken evenly from the training data."""
+    """Batches for methods that choose by gradients or inputs: rows taken evenly from the training data."""
     config = ready.config.train
     device = next(ready.pretrained.model.parameters()).device
     wanted = min(len(ready.train), config.batch_size * config.calibration_batches)
@@ -411,7 +411,7 @@ def _attached(ready: Plan, progress: Progress) -> Iterator[None]:
             ready.config.targets,
             name=ADAPTER,
             exclude=ready.config.exclude,
-            data=calibration_batches(ready) if ready.method.needs_gradient() else None,
+            data=calibration_batches(ready) if ready.method.needs() else None,
             seed=ready.config.seed,
             progress=progress.work,
         )
