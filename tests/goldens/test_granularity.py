@@ -84,7 +84,8 @@ def test_the_gradient_is_the_dense_one_on_the_support(unit: Granularity, shape: 
 def test_elements_of_a_large_weight_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     gy, x = torch.randn(6, 10, dtype=torch.float64), torch.randn(6, 7, dtype=torch.float64)
     index = torch.tensor([0, 6, 7, 20, 21, 41, 42, 69])
-    whole = Element().gradient(gy, x, index, (), (10, 7))
+    monkeypatch.setattr("intarsia.support.granularity.FEW", 0)
+    whole = (gy.mT @ x).view(-1)[index]
     for at_once in (1, 7, 14, 21, 69):
         monkeypatch.setattr("intarsia.support.granularity.AT_ONCE", at_once)
         assert torch.allclose(Element().gradient(gy, x, index, (), (10, 7)), whole, rtol=1e-12)
@@ -108,3 +109,14 @@ def test_a_granularity_by_name() -> None:
     for name, width, message in (("lines", None, "did you mean"), ("element", 4, "no width"), ("row", 0, "1 or more")):
         with pytest.raises(IntarsiaError, match=message):
             named_granularity(name, width)
+
+
+@pytest.mark.parametrize("unit", [Element(), Diagonal()], ids=repr)
+def test_few_entries_are_products_of_gathered_rows(unit: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
+    gy, x, index = torch.randn(6, 10, dtype=torch.float64), torch.randn(6, 7, dtype=torch.float64), torch.tensor([2, 5])
+    found = []
+    for few in (0, 1000):
+        monkeypatch.setattr("intarsia.support.granularity.FEW", few)
+        found.append(unit.gradient(gy, x, index, (), (10, 7)))
+    assert torch.allclose(found[0], found[1], rtol=1e-12)
+    assert torch.allclose(found[0], unit.gather(gy.mT @ x, index), rtol=1e-12)

@@ -11,7 +11,6 @@ for a support by ``plan``; ``keep`` is what backward needs of x.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,18 +131,7 @@ class Element(Granularity):
         return scores.reshape(-1)
 
     def gradient(self, gy: Tensor, kept: Tensor, index: Tensor, plan: Plan, shape: Shape) -> Tensor:
-        gy, x = _tokens(gy), _tokens(kept)
-        if gy.shape[1] * x.shape[1] <= AT_ONCE:
-            # One layer's dense product, transient: only the k gathered entries outlive this line.
-            return (gy.mT @ x).view(-1).index_select(0, index)
-        rows = max(1, AT_ONCE // x.shape[1])
-        starts = torch.arange(0, gy.shape[1] + rows, rows, device=index.device) * x.shape[1]
-        bounds: list[int] = torch.searchsorted(index, starts).tolist()
-        parts = [
-            (gy[:, n * rows : (n + 1) * rows].mT @ x).view(-1).index_select(0, index[low:high] - n * rows * x.shape[1])
-            for n, (low, high) in enumerate(itertools.pairwise(bounds))
-        ]
-        return torch.cat(parts)
+        return _entries(_tokens(gy), _tokens(kept), index)
 
 
 @dataclass(frozen=True)
@@ -359,15 +347,12 @@ class Diagonal(Granularity):
     def reduce(self, scores: Tensor) -> Tensor:
         return _norms(self.gather(scores, torch.arange(scores.shape[1], device=scores.device)), 1)
 
-    def plan(self, shape: Shape, index: Tensor) -> Plan:
-        return ((torch.arange(shape[0], device=index.device) + index[:, None]) % shape[1],)  # (k, O)
-
     def gradient(self, gy: Tensor, kept: Tensor, index: Tensor, plan: Plan, shape: Shape) -> Tensor:
-        gy, x = _tokens(gy), _tokens(kept)
-        return torch.stack([torch.linalg.vecdot(gy, x.index_select(1, columns), dim=0) for columns in plan[0]])
+        return _entries(_tokens(gy), _tokens(kept), self.flat(shape, index).view(-1)).view(len(index), -1)
 
 
-AT_ONCE = 1 << 26  # entries of a dense product that elements may make at a time: 256 MB of float32
+AT_ONCE = 1 << 26  # entries of a dense product that single entries may make at a time: 256 MB of float32
+FEW = 300  # one entry in so many: then products of gathered rows are quicker than the dense one (on a CPU, in float32)
 
 GRANULARITIES: dict[str, type[Granularity]] = {g.name: g for g in (Element, Line, Tile, Row, Column, Diagonal)}
 
@@ -400,6 +385,25 @@ def _shape(W: Tensor) -> Shape:
 def _tokens(x: Tensor) -> Tensor:
     """(..., n) -> (T, n), a single token without a batch too."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _entries(gy: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    """Entries of gy^T x at flat positions. (T, O), (T, I), (n,) -> (n,)."""
+    rows, columns = gy.shape[1], x.shape[1]
+    if gy.device.type == "cpu" and gy.dtype.itemsize >= 4 and len(positions) * FEW < rows * columns:
+        left = gy.mT.contiguous().index_select(0, positions // columns)
+        found: Tensor = torch.linalg.vecdot(left, x.mT.contiguous().index_select(0, positions % columns))
+        return found
+    if rows * columns <= AT_ONCE:
+        # One layer's dense product, transient: only the gathered entries outlive this line.
+        return (gy.mT @ x).view(-1).index_select(0, positions)
+    found = torch.empty_like(positions, dtype=gy.dtype)
+    some = max(1, AT_ONCE // columns)
+    for first in range(0, rows, some):
+        here = ((positions >= first * columns) & (positions < (first + some) * columns)).nonzero().squeeze(1)
+        part = gy[:, first : first + some].mT @ x
+        found[here] = part.view(-1).index_select(0, positions[here] - first * columns)
+    return found
 
 
 def _norms(scores: Tensor, dim: int | tuple[int, ...]) -> Tensor:
