@@ -62,8 +62,12 @@ def run_once(
     seed: int,
     steps: int,
     batch: int,
+    look: Callable[[Any], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Attach, train ``steps`` x ``batch`` examples, measure the held-out loss, detach. The base is the same before and after."""
+    """Attach, train ``steps`` x ``batch`` examples, measure the held-out loss, detach. The base is the same before and after.
+
+    ``look`` is given the trained adapter and says what else goes into the row.
+    """
     train, held_out = examples
     collate = training_data.collator(tokenizer)
     order = torch.Generator().manual_seed(seed)
@@ -89,6 +93,8 @@ def run_once(
         "trained": sum(p.numel() for p in trained),
         "seconds": time.perf_counter() - start,
     }
+    if look:
+        result |= look(ia.model.export(model))
     ia.detach(model, "default")
     return result
 
