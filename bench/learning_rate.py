@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from runs import encode, fill, machine, run_once
+from runs import encode, fill, run_once
 
 from intarsia import pretrained
+from intarsia.bench.machine import machine
 from intarsia.demo import skills
 
 LORA = {"name": "lora", "rank": 3}

@@ -5,9 +5,7 @@ Shared by the benchmarks of quality. A plain loop, not the trainer: a run is one
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,20 +17,6 @@ from transformers import get_linear_schedule_with_warmup
 import intarsia as ia
 from intarsia.demo import skills
 from intarsia.train import data as training_data
-
-
-def machine() -> dict[str, Any]:
-    """What a result must say of where it was measured."""
-    packages = ("torch", "transformers", "peft", "intarsia")
-    return {
-        "machine": {
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cuda": torch.cuda.is_available(),
-        },
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
-    }
 
 
 def encode(skill: skills.Skill, tokenizer: Any, folder: Path) -> tuple[list[Any], list[Any]]:

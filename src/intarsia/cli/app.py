@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from intarsia._version import __version__
-from intarsia.cli import terminal
+from intarsia.cli import bench, terminal
 from intarsia.cli.chat import chat
 from intarsia.cli.check import check
 from intarsia.cli.demo import demo
@@ -123,6 +123,20 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
+
+BENCHMARKS: dict[str, Callable[..., None]] = {"train": bench.train}
+benchmarks = typer.Typer(cls=Commands, help="Benchmarks, side by side in one run.")
+
+
+@benchmarks.callback(invoke_without_command=True)
+def benchmark(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+for name, command in BENCHMARKS.items():
+    benchmarks.command(name)(command)
+app.add_typer(benchmarks, name="bench")
 
 
 def main() -> None:

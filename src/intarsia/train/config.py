@@ -176,7 +176,8 @@ _Yaml.add_constructor("tag:yaml.org,2002:int", _number(int))
 _Yaml.add_constructor("tag:yaml.org,2002:float", _number(float))
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_value(text: str, where: str) -> Any:
+    """One YAML value, numbers as people write them (``2e-3``). Raises IntarsiaError that begins with ``where``."""
     try:
         return yaml.load(text, Loader=_Yaml)
     except yaml.MarkedYAMLError as error:
@@ -201,7 +202,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
             raise IntarsiaError(f"override {assignment!r}: {'.'.join(path[: i + 1])} is a value, not a section")
         tree[part] = dict(below)
         tree = tree[part]
-    tree[last] = _parse(value, f"override {assignment!r}")
+    tree[last] = parse_value(value, f"override {assignment!r}")
 
 
 SHORT = {
@@ -220,7 +221,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise IntarsiaError(f"{path}: not UTF-8 text") from None
-    tree = _parse(text, str(path))
+    tree = parse_value(text, str(path))
     if not isinstance(tree, dict):
         raise IntarsiaError(f"{path}: a config is a mapping of keys such as model, data, method, output")
     for assignment in overrides:
