@@ -82,7 +82,10 @@ def test_version(intarsia):
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),
         (["bench", "trian"], "no command 'trian'; did you mean 'train'?"),
-        (["bench", "train", "--roundz", "2"], "no option --roundz; did you mean --rounds? (intarsia bench train --help)"),
+        (
+            ["bench", "train", "--roundz", "2"],
+            "no option --roundz; did you mean --rounds or --only or --json? (intarsia bench train --help)",
+        ),
         (["show"], "missing argument 'ADAPTER' (intarsia show --help)"),
         (["chat", "m", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["train"], "a config file is needed: intarsia train CONFIG.yaml"),

@@ -13,7 +13,9 @@ TINY = ["bench", "train", "--size", "tiny", "--dtype", "float32", "--device", "c
 
 def test_a_small_benchmark_of_training(intarsia, tmp_path):
     file, picture = tmp_path / "new" / "train.json", tmp_path / "train.png"
-    ended = intarsia(*TINY, "--only", "floor,column", "--method", "shira density=0.05", "--json", file, "--plot", picture)
+    ended = intarsia(
+        *TINY, "--only", "floor,column", "--method", "shira density=0.05", "--json", file, "--plot", picture
+    )
     assert ended.code == 0, ended.err
     assert all(name in ended.out for name in ("floor", "column@equal", "shira density=0.05", "kept"))
     plain = json.loads(file.read_text())

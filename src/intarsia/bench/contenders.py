@@ -178,8 +178,9 @@ def attached(base: Base, method: Method, name: str) -> Subject:
     start = time.perf_counter()
     attach(model, method, base.targets, name=key, data=[base.batch])
     seconds = time.perf_counter() - start
-    own = [tensor for state in states(model, key).values() for tensor in state.tensors().values()]
-    trained = [p for state in states(model, key).values() for p in state.parameters()]
+    made = list(states(model, key).values())
+    own = [tensor for state in made for tensor in (*state.parameters(), *state.buffers())]
+    trained = [parameter for state in made for parameter in state.parameters()]
     activate(model)
 
     def drop() -> None:
