@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runs import encode, fill, held_out_loss, machine, run_once
+from runs import encode, fill, held_out_loss, run_once
 
 from intarsia import pretrained
+from intarsia.bench.machine import machine
 from intarsia.demo import skills
 from intarsia.train import data as training_data
 
