@@ -50,6 +50,21 @@ MUTATIONS = [
         "columns by their sum", "support/granularity.py", "_norms(scores[:, : units * self.width].reshape(len(scores), units, self.width), (0, 2))", "scores.sum(0)", "goldens"
     ),
     Mutation(
+        "lines grouped under their order", "support/granularity.py", "within[order] = ", "within = ", "goldens/test_granularity",
+    ),
+    Mutation(
+        "tiles counted down, not across", "support/granularity.py", "(index % across).unique", "(index // across).unique", "goldens/test_granularity",
+    ),
+    Mutation(
+        "diagonals the other way", "support/granularity.py", "(rows + index[:, None])", "(rows - index[:, None])", "goldens/test_granularity",
+    ),
+    Mutation(
+        "a unit of columns is its first column", "support/granularity.py", "if width == 1:\n        return index", "if width:\n        return index", "goldens/test_granularity",
+    ),
+    Mutation(
+        "few entries of the transposed product", "support/granularity.py", "index_select(0, positions // columns)", "index_select(0, positions % columns)", "goldens/test_granularity",
+    ),
+    Mutation(
         "columns start at the rounded weight", "forms/sparse.py", "start = scale * _values(start, scale)", "pass", "goldens"
     ),
     Mutation("values found but not searched for", "forms/sparse.py", "for _ in range(4):", "for _ in range(0):", "test_store"),
@@ -162,6 +177,8 @@ def notices(source: Path, mutation: Mutation, near: bool) -> str:
             str(target),
         ]
         done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1, 2):  # no test failed: none was run
+            raise SystemExit(f"{mutation.what}: pytest cannot run {target}:\n{done.stdout}{done.stderr}")
         if done.returncode:
             failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
             return (failed or done.stdout.splitlines()[-1:] or ["?"])[0].partition(" - ")[0]
