@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from intarsia.edits import Edit, LowRank, Sparse
+from intarsia.edits import Edit, LowRank
 from intarsia.errors import IntarsiaError
 
 
 def needs_weight(edit: Edit) -> bool:
     """Whether what the edit adds depends on the weight that it is set into."""
-    return not isinstance(edit, Sparse | LowRank)
+    return edit.needs_weight
 
 
 def change_of(edit: Edit, weight: Tensor | None = None) -> Tensor:

@@ -48,6 +48,11 @@ class Edit(ABC):
         return self.fold(W) - W
 
     @property
+    def needs_weight(self) -> bool:
+        """Whether what the edit adds depends on the weight that it is set into."""
+        return False
+
+    @property
     @abstractmethod
     def touched(self) -> int:
         """How many entries of the weight it can change."""
@@ -98,7 +103,7 @@ class Sparse(Edit):
     @classmethod
     def of(cls, unit: Granularity, shape: Shape, tensors: Mapping[str, Tensor]) -> Self:
         """From tensors by their names in a file, checked."""
-        _want(tensors, {"indices", "values"})
+        want_tensors(tensors, {"indices", "values"})
         index, values = tensors["indices"], tensors["values"]
         units = unit.units(shape)
         if index.ndim != 1 or index.dtype not in (torch.int32, torch.int64):
@@ -106,7 +111,7 @@ class Sparse(Edit):
         expected = unit.values_shape(shape, len(index))
         if tuple(values.shape) != expected:
             raise IntarsiaError(f"values are {tuple(values.shape)}; {len(index)} indices need {expected}")
-        _want_numbers("values", values)
+        want_numbers("values", values)
         if len(index) and not (int(index[0]) >= 0 and int(index[-1]) < units and bool((index.diff() > 0).all())):
             low, high = int(index.min()), int(index.max())
             what = f"reach from {low} to {high}" if low < 0 or high >= units else "are not strictly ascending"
@@ -152,12 +157,12 @@ class LowRank(Edit):
 
     @classmethod
     def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
-        _want(tensors, {"A", "B"})
+        want_tensors(tensors, {"A", "B"})
         A, B = tensors["A"], tensors["B"]
         if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != tuple(shape) or B.shape[1] != A.shape[0]:
             raise IntarsiaError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {tuple(shape)}")
-        _want_numbers("A", A)
-        _want_numbers("B", B)
+        want_numbers("A", A)
+        want_numbers("B", B)
         scale = facts.get("scale")
         if not isinstance(scale, int | float) or not abs(scale) < float("inf"):
             raise IntarsiaError(f"scale is {scale!r}; expected a finite number")
@@ -197,13 +202,17 @@ class Rescaled(Edit):
         magnitude = tensors["magnitude"]
         if tuple(magnitude.shape) != (shape[0],):
             raise IntarsiaError(f"magnitude is {tuple(magnitude.shape)}; expected {(shape[0],)}")
-        _want_numbers("magnitude", magnitude)
+        want_numbers("magnitude", magnitude)
         rest = {k: t for k, t in tensors.items() if k != "magnitude"}
         return cls(shape, build_edit(inner.get("type"), shape, rest, inner), magnitude)
 
     def fold(self, W: Tensor) -> Tensor:
         V = self.inner.fold(W)
         return (self.magnitude.to(W.dtype) / row_norms(V))[:, None] * V
+
+    @property
+    def needs_weight(self) -> bool:
+        return True
 
     @property
     def touched(self) -> int:
@@ -232,14 +241,14 @@ def build_edit(kind: Any, shape: Shape, tensors: Mapping[str, Tensor], facts: Ma
     return KINDS[kind].build(shape, tensors, {**facts, "type": kind})
 
 
-def _want(tensors: Mapping[str, Tensor], names: set[str]) -> None:
+def want_tensors(tensors: Mapping[str, Tensor], names: set[str]) -> None:
     if tensors.keys() != names:
         raise IntarsiaError(
             f"found the tensors {', '.join(sorted(tensors)) or 'none'}; expected {', '.join(sorted(names))}"
         )
 
 
-def _want_numbers(name: str, tensor: Tensor) -> None:
+def want_numbers(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise IntarsiaError(f"{name} is {tensor.dtype}; expected floating-point numbers")
     if not bool(tensor.isfinite().all()):
