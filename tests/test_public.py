@@ -17,7 +17,7 @@ from small import SITES, small_net, some_input
 
 # A name that is added, renamed or removed is a change of the interface: edit this list and the changelog with it.
 PUBLIC = {
-    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "Shira", "__version__", "activate",
+    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
     "load_adapter_state", "read", "register", "registry", "rows", "save", "sync",
 }  # fmt: skip

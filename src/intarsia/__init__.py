@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from intarsia import registry
     from intarsia.deck import Deck
     from intarsia.method import Method
-    from intarsia.methods import Dora, Lora, Paca, Shira
+    from intarsia.methods import Dora, Lora, Paca, S2ft, Shira
     from intarsia.model import (
         activate,
         active_names,
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from intarsia.store import Adapter, read
 
 __all__ = [
-    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "Shira", "__version__", "activate",
+    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
     "load_adapter_state", "read", "register", "registry", "rows", "save", "sync",
 ]  # fmt: skip
 
 _PLACES = {
     "Adapter": "store", "Deck": "deck", "Dora": "methods", "Lora": "methods", "Method": "method", "Paca": "methods",
-    "Shira": "methods", "activate": "model", "active_names": "model", "adapter_state": "model", "attach": "model",
-    "attached_names": "model", "detach": "model", "digest": "model", "export": "model", "load": "model",
-    "load_adapter_state": "model", "read": "store", "register": "registry", "rows": "model", "save": "model",
-    "sync": "model",
+    "S2ft": "methods", "Shira": "methods", "activate": "model", "active_names": "model", "adapter_state": "model",
+    "attach": "model", "attached_names": "model", "detach": "model", "digest": "model", "export": "model",
+    "load": "model", "load_adapter_state": "model", "read": "store", "register": "registry", "rows": "model",
+    "save": "model", "sync": "model",
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ from intarsia.deck import Deck
 from intarsia.edits import Sparse as SparseEdit
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
-from intarsia.method import Method, Start
+from intarsia.method import Method
 from intarsia.site import Site
 
 Law = Callable[[Method], None]
@@ -268,16 +268,13 @@ def _set_live(model: nn.Module, live: bool) -> None:
         chain.set_active(layer, layer.active, live)
 
 
-def _site(name: str, dtype: torch.dtype = torch.float32) -> Site:
-    weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
-    return Site(name, weight, None)
-
-
 def _init(method: Method, name: str, seed: int) -> dict[str, Tensor]:
-    gradient = torch.randn(24, 16, generator=torch.Generator().manual_seed(6))
-    found = {"gradient": gradient, "fisher": gradient**2, "inputs": gradient[0].abs(), "movement": gradient.abs()}
-    state = method.init(_site(name), Start.at(name, seed, **{need: found[need] for need in method.needs()}))
-    return {key: tensor.detach() for key, tensor in state.items()}
+    model = _net()
+    up, again = model.get_parameter("up.weight"), model.get_parameter("again.weight")
+    with torch.no_grad():
+        again.copy_(up)  # so that two layers of one shape differ by chance or not at all
+    _attach(model, method, seed=seed, targets=name)
+    return {key: tensor.detach() for key, tensor in models.states(model, "default")[name].tensors().items()}
 
 
 def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -328,7 +325,7 @@ def only_the_adapter_trains(method: Method) -> None:
         still = [name for name, parameter in trained.items() if torch.equal(parameter, before[name])]
         _promise(not still, f"{', '.join(still)} did not move in an optimizer step")
         for name, state in models.states(model, "default").items():
-            edit = method.edit(state.raw())
+            edit = state.method.edit(state.raw())
             may = torch.zeros(edit.shape, dtype=torch.bool)
             if isinstance(edit, SparseEdit):
                 edit.granularity.put(may, edit.index, torch.ones_like(edit.values, dtype=torch.bool))
@@ -350,7 +347,7 @@ def forward_is_the_fold(method: Method) -> None:
             x = _input(torch.float64, shape).requires_grad_()
             gy = _input(torch.float64, (*shape[:-1], 24), seed=2)
             wanted = [x, *state.parameters()]
-            y = F.linear(x, *method.fold(state.cast(torch.float64), W, b))
+            y = F.linear(x, *state.method.fold(state.cast(torch.float64), W, b))
             expected = torch.autograd.grad(y, wanted, gy)
             for live in (True, False) if _sparse(method) else (True,):
                 _set_live(model, live)
@@ -383,12 +380,13 @@ def edit_is_the_fold(method: Method) -> None:
     for name, state in models.states(model, "default").items():
         layer: Any = model.get_submodule(name)
         W = chain.base_weight(layer).detach()
-        edit = method.edit(state.raw())
-        folded, _ = method.fold(state.cast(torch.float64), W.double(), None)
+        here = state.method
+        edit = here.edit(state.raw())
+        folded, _ = here.fold(state.cast(torch.float64), W.double(), None)
         _near(edit.fold(W.double()), folded, EXACT, f"{name}: edit against fold")
         kept = {key: tensor.clone() for key, tensor in edit.tensors().items()}
-        restored = chain.State(method, Site(name, W, None), method.restore(edit, Site(name, W, None)))
-        for key, tensor in method.edit(restored.raw()).tensors().items():
+        restored = chain.State(here, Site(name, W, None), here.restore(edit, Site(name, W, None)))
+        for key, tensor in here.edit(restored.raw()).tensors().items():
             _same(tensor, kept[key], f"{name}: {key} of the restored edit")
         shapes = {k: tuple(p.shape) for k, p in restored.named_parameters()}
         _promise(shapes == {k: tuple(p.shape) for k, p in state.named_parameters()}, f"{name}: restored as {shapes}")
@@ -414,7 +412,7 @@ def setting_in_agrees(method: Method) -> None:
         deck.use("a")
         for name, state in models.states(model, "default").items():
             layer: Any = model.get_submodule(name)
-            W = method.fold(state.raw(), chain.base_weight(layer).double(), None)[0].detach()
+            W = state.method.fold(state.raw(), chain.base_weight(layer).double(), None)[0].detach()
             # Half a unit in the last place for the one rounding, and float32's own error before it.
             bound = torch.finfo(dtype).eps / 2 * W.abs() + 1e-5 * W.abs().max()
             found = fused.get_parameter(f"{name}.weight").detach().double()
@@ -653,14 +651,17 @@ def rows_equal_rows_alone(method: Method) -> None:
 
 @law
 def counts_what_it_trains(method: Method) -> None:
-    """``trained_count`` is the count of numbers that train, at every shape."""
+    """``trained_count`` is the count of numbers that train, at every shape, and so is the plan made before attaching."""
     model = _net()
+    planned = models.plan(model, method)
     _attach(model, method)
     for name, state in models.states(model, "default").items():
         layer: Any = model.get_submodule(name)
         found = sum(parameter.numel() for parameter in state.parameters() if parameter.requires_grad)
-        declared = method.trained_count(tuple(layer.weight.shape))
+        declared = state.method.trained_count(tuple(layer.weight.shape))
         _promise(found == declared, f"{name}: {found} numbers train, trained_count declares {declared}")
+        if not method.chooses_together():  # whose plan knows the sum and not yet the parts
+            _promise(found == planned[name], f"{name}: {found} numbers train, the plan says {planned[name]}")
 
 
 @law
@@ -896,7 +897,7 @@ def explains_itself(method: Method) -> None:
     """The class says name, title, formula, paper and count; its module's docstring says the same in words, with the source
     and ``Trained:``. A method of ours is one file of at most 90 lines that imports what the layout allows."""
     cls = type(method)
-    unknown = [name for name in cls.expected if name not in LAWS]
+    unknown = [name for name in method.expected if name not in LAWS]
     _promise(
         not unknown, f"{cls.__name__}.expected names {', '.join(unknown)}, which is no law; known: {', '.join(LAWS)}"
     )

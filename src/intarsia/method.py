@@ -141,6 +141,35 @@ class Method(ABC):
         """What :meth:`init` needs of calibration data, of :data:`NEEDS`: the fields of ``start`` that are filled."""
         return frozenset()
 
+    def roles_from(self) -> str | None:
+        """Where the roles of the sites come from: ``"family"``, a layout by hand (``families.blocks``), or None: not needed."""
+        return None
+
+    def takes(self, sites: Mapping[str, Site]) -> Mapping[str, Site]:
+        """Those of the targeted sites that this method adapts. Raises IntarsiaError where it takes none."""
+        return sites
+
+    def chooses_together(self) -> bool:
+        """Whether something is chosen for all sites together: each is surveyed, then all are settled."""
+        return False
+
+    def survey(self, site: Site, start: Start) -> Tensor:
+        """What :meth:`settle` has to know of one site, in few numbers."""
+        raise NotImplementedError
+
+    def settle(
+        self, sites: Mapping[str, Site], surveys: Mapping[str, Tensor] | None, seed: int
+    ) -> Mapping[str, tuple[Method, Mapping[str, Any]]]:
+        """The method as it is at each site, and what its start there is given besides. A site that is left out gets nothing.
+
+        ``surveys`` is None before anything is known of the sites but their shapes and roles: the counts are then a plan.
+        """
+        return {name: (self, {}) for name in sites}
+
+    def at(self, edit: Edit, site: Site) -> Method:
+        """The method as it was at a site, from the edit that it made there."""
+        return self
+
     def config(self) -> dict[str, Any]:
         """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""
         return {"name": self.name} | {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia import chain, registry, store
+from intarsia import chain, families, registry, store
 from intarsia.calibrate import Loss, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
@@ -82,14 +82,35 @@ def attach(
             f"{'' if method.needs() == {'inputs'} else ' with labels'}"
         )
     with _base_bits(model):
-        sites = {n: Site(n, layer.weight, layer.bias) for n, layer in layers.items()}
-        faults = [fault for site in sites.values() if (fault := method.check(site))]
+        sites = _taken(model, method, layers)
+        faults = [fault for n, (m, _) in method.settle(sites, None, seed).items() if (fault := m.check(sites[n]))]
         if faults:
             raise IntarsiaError(
                 "\n".join(faults[:8] + ([f"... and {len(faults) - 8} more"] if len(faults) > 8 else []))
             )
         states = _start(model, method, sites, data, loss, seed, progress)
-    _put_on(model, name, Attached(method, targets, exclude, seed), layers, states)
+    _put_on(model, name, Attached(method, targets, exclude, seed), {n: layers[n] for n in states}, states)
+
+
+def plan(
+    model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_LINEAR, exclude: str | Iterable[str] = ()
+) -> dict[str, int]:
+    """What :func:`attach` would train: numbers by the name of each layer that would get an adapter. Changes nothing.
+
+    Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan.
+
+    Raises:
+        IntarsiaError: for targets that match nothing, or of which the method takes none.
+    """
+    sites = _taken(model, method, find_sites(model, targets, exclude))
+    return {n: m.trained_count(sites[n].shape) for n, (m, _) in method.settle(sites, None, 0).items()}
+
+
+def _taken(model: nn.Module, method: Method, layers: Mapping[str, Any]) -> Mapping[str, Site]:
+    """The sites that the method takes, with their roles where it asks for them."""
+    layout = method.roles_from()
+    roles = families.roles(families.blocks(model, layout)) if layout else {}
+    return method.takes({n: Site(n, layer.weight, layer.bias, roles.get(n, ())) for n, layer in layers.items()})
 
 
 def _start(
@@ -102,21 +123,31 @@ def _start(
     progress: Progress | None,
 ) -> dict[str, chain.State]:
     states: dict[str, chain.State] = {}
+    surveys: dict[str, Tensor] = {}
 
-    def make(name: str, found: Mapping[str, Tensor]) -> None:
+    def make(name: str, here: Method, found: Mapping[str, Any]) -> None:
         site = sites[name]
         with torch.no_grad():
-            states[name] = chain.State(method, site, method.init(site, Start.at(name, seed, **found)))
+            states[name] = chain.State(here, site, here.init(site, Start.at(name, seed, **found)))
         if progress:
             progress(len(states), len(sites), "attaching")
 
+    def use(name: str, found: Mapping[str, Any]) -> None:
+        if method.chooses_together():
+            surveys[name] = method.survey(sites[name], Start.at(name, seed, **found))
+        else:
+            make(name, method, found)
+
     if method.needs():
         weights = {name: model.get_parameter(f"{name}.weight") for name in sites}
-        gather(model, weights, method.needs(), data or (), make, loss, progress)
+        gather(model, weights, method.needs(), data or (), use, loss, progress)
     else:
         for name in sites:
-            make(name, {})
-    return {name: states[name] for name in sites}
+            use(name, {})
+    if method.chooses_together():
+        for name, (here, found) in method.settle(sites, surveys, seed).items():
+            make(name, here, found)
+    return {name: states[name] for name in sites if name in states}
 
 
 def _put_on(
@@ -389,7 +420,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
         for n, site in sites.items():
             edit = adapter.edits[f"{n}.weight"].to(site.weight.device)
             with torch.no_grad():
-                made[n] = chain.State(method, site, method.restore(edit, site))
+                here = method.at(edit, site)
+                made[n] = chain.State(here, site, here.restore(edit, site))
     _put_on(model, name, attached, layers, made)
     return name
 

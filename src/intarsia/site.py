@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from intarsia.errors import IntarsiaError, nearest
+from intarsia.role import Role
 
 ALL_LINEAR = "all-linear"
 
@@ -26,11 +27,13 @@ class Site:
         name: dotted name of the module, e.g. ``model.layers.0.self_attn.q_proj``.
         weight: (out_features O, in_features I), the base's own bits while an adapter is being made.
         bias: (O,) or None.
+        roles: what it is in its attention or MLP block, for methods that ask (``Method.roles_from``).
     """
 
     name: str
     weight: Tensor
     bias: Tensor | None
+    roles: tuple[Role, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

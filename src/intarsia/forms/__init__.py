@@ -1,8 +1,10 @@
 """Forms: the shapes of computation that many methods share. A form owns forward, fold, edit and restore."""
 
+from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
+from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
 
-__all__ = ["Delta", "Kernel", "Rescale", "Sparse", "auto_scale"]
+__all__ = ["Coupled", "Delta", "Joint", "Kernel", "Part", "Rescale", "Sparse", "auto_scale"]

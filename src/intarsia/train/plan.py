@@ -15,6 +15,7 @@ from intarsia import registry
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
 from intarsia.model import attached_names, digest
+from intarsia.model import plan as plan_sites
 from intarsia.pretrained import Pretrained
 from intarsia.pretrained import load as load_pretrained
 from intarsia.site import find_sites
@@ -37,6 +38,7 @@ class Estimate:
     trained: int  # numbers
     base: int  # numbers of the base
     sites: int
+    targeted: int  # weights that the targets name; a method may take some of them
     optimizer_bytes: int
     checkpoint_bytes: int
     steps: int
@@ -51,8 +53,9 @@ class Estimate:
         return self.trained / self.base
 
     def __str__(self) -> str:
+        of = "" if self.sites == self.targeted else f"of the {self.targeted} targeted "
         return (
-            f"{self.trained:,} numbers trained at {self.sites} weights ({self.share:.2%} of the base), "
+            f"{self.trained:,} numbers trained at {self.sites} {of}weights ({self.share:.2%} of the base), "
             f"{size(self.optimizer_bytes)} of optimizer state; {self.steps} steps, about {self.tokens:,} tokens, "
             f"lr {self.lr:g}; {self.rows} rows to train on, {self.held_out} held out"
         )
@@ -101,17 +104,18 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     model = pretrained.model
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
-    sites = find_sites(model, config.targets, config.exclude)
+    targeted = find_sites(model, config.targets, config.exclude)
+    planned = plan_sites(model, method, config.targets, config.exclude)
     train, held_out, reports = load_data(config, pretrained)
-    shapes = [(layer.out_features, layer.in_features) for layer in sites.values()]
-    trained = sum(method.trained_count(shape) for shape in shapes)
+    trained = sum(planned.values())
     steps = step_count(config, len(train))
     optimizer = trained * STATE_BYTES[config.train.optimizer]
     per_row = sum(len(e.input_ids) for e in train) / len(train)
     estimate = Estimate(
         trained=trained,
         base=sum(p.numel() for p in model.parameters()),
-        sites=len(sites),
+        sites=len(planned),
+        targeted=len(targeted),
         optimizer_bytes=optimizer,
         checkpoint_bytes=optimizer + trained * (4 + 8),  # values and, at worst, an index each
         steps=steps,
