@@ -106,7 +106,7 @@ class Chain:
             return layer.base_forward(x)  # type: ignore[no-any-return]
         top = states[-1]
         if len(states) == 1 and layer.live is not None:
-            return top.method.live(top.raw(), x, layer.weight, layer.bias)  # type: ignore[attr-defined, no-any-return]
+            return top.method.live(top.cast(x.dtype), x, layer.weight, layer.bias)  # type: ignore[attr-defined, no-any-return]
         return top.method.forward(top.cast(x.dtype), x, Chain(layer, states[:-1]))
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -41,6 +41,7 @@ from intarsia import chain, registry, store
 from intarsia import model as models
 from intarsia.deck import Deck
 from intarsia.edits import Sparse as SparseEdit
+from intarsia.edits import Sum, place
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
@@ -325,10 +326,11 @@ def only_the_adapter_trains(method: Method) -> None:
         still = [name for name, parameter in trained.items() if torch.equal(parameter, before[name])]
         _promise(not still, f"{', '.join(still)} did not move in an optimizer step")
         for name, state in models.states(model, "default").items():
-            edit = state.method.edit(state.raw())
-            may = torch.zeros(edit.shape, dtype=torch.bool)
-            if isinstance(edit, SparseEdit):
-                edit.granularity.put(may, edit.index, torch.ones_like(edit.values, dtype=torch.bool))
+            layer: Any = model.get_submodule(name)
+            may = torch.zeros(state.shape, dtype=torch.bool)
+            if layer.live is not None:
+                index: Any = state.index
+                state.granularity().put(may, index, torch.ones_like(layer.kept, dtype=torch.bool))
             now = model.get_parameter(f"{name}.weight").detach()
             _same(now[~may], weights[name][~may], f"{name}.weight outside the support after a step in {dtype}")
         _promise(models.digest(model) == start, f"the digest of the base changed in a step in {dtype}")
@@ -419,11 +421,13 @@ def setting_in_agrees(method: Method) -> None:
             off = float(((found - W).abs() - bound).max())
             _promise(off <= 0, f"{name}.weight set in is {off:.3g} outside of one rounding of the fold in {dtype}")
             if layer.live is not None:
-                _same(
-                    layer.weight.detach(),
-                    fused.get_parameter(f"{name}.weight").detach(),
-                    f"live {name}.weight in {dtype}",
-                )
+                alone = state.method.edit(state.raw())
+                part = (
+                    alone.parts[0] if isinstance(alone, Sum) else alone
+                )  # what stands in the weight; the rest is beside it
+                standing = chain.base_weight(layer).detach().clone()
+                place(name, standing, [(1.0, part)]).write(standing)
+                _same(layer.weight.detach(), standing, f"live {name}.weight in {dtype}")
         if dtype == torch.float32:
             _near(fused(_input()), model(_input()), CLOSE * 10, "output set in against the unfused forward")
         deck.fuse(a=0.6, other=-0.3)

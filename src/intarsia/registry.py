@@ -37,8 +37,25 @@ class Variant:
 
 
 _VARIANTS = {
-    "rslora": Variant(
-        "rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}
+    variant.name: variant
+    for variant in (
+        Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),
+        Variant(
+            "supra",
+            "rosa",
+            "Supra",
+            "W' = W + S + s B A, S on the largest |W|",
+            "arXiv:2607.09287",
+            {"scorer": "magnitude"},
+        ),
+        Variant(
+            "sltrain",
+            "rosa",
+            "SLTrain",
+            "W' = W + S + s B A, S on random entries",
+            "arXiv:2406.02214",
+            {"scorer": "random"},
+        ),
     )
 }
 

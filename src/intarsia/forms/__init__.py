@@ -4,7 +4,8 @@ from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
+from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
 
-__all__ = ["Coupled", "Delta", "Joint", "Kernel", "Part", "Rescale", "Sparse", "auto_scale"]
+__all__ = ["Coupled", "Delta", "Joint", "Kernel", "Pair", "Part", "Rescale", "Sparse", "auto_scale"]

@@ -3,9 +3,10 @@
 from intarsia.methods.dora import Dora
 from intarsia.methods.lora import Lora
 from intarsia.methods.paca import Paca
+from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 
-__all__ = ["Dora", "Lora", "Paca", "S2ft", "Shira", "Snell", "Snella"]
+__all__ = ["Dora", "Lora", "Paca", "Rosa", "S2ft", "Shira", "Snell", "Snella"]
