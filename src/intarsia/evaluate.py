@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from intarsia.errors import IntarsiaError
-from intarsia.train.data import IGNORED, SHAPES, BadRow, Example, Row, collator, encode, encode_row
+from intarsia.train.data import IGNORED, SHAPES, BadRow, Example, Row, collator, encode, encode_row, read_rows
 
 T = TypeVar("T")
 
@@ -122,6 +123,38 @@ class Task:
     measure_name: str = ""
     higher_is_better: bool = True
     max_new_tokens: int = 32
+
+
+def answerable(task: Task, path: str | Path, format: str, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task with its prompts and the right answers, measured by the share that is right to the letter.
+
+    Args:
+        path: the file that the task's examples were read from.
+        format: the shape of its rows; those of prompt and completion have an answer that can be right.
+
+    Raises:
+        IntarsiaError: for rows of another shape.
+    """
+    if format != "prompt":
+        raise IntarsiaError(f"{path}: answers need rows of prompt and completion, and these are {format}")
+    fields = {row.number: row.fields for row in read_rows(path)}
+    prompts, references = [], []
+    for example in task.examples:
+        found = fields[example.number]
+        assert not isinstance(found, BadRow)  # those are not among the examples
+        pieces = SHAPES["prompt"].pieces(found, tokenizer)
+        prompts.append("".join(text for text, trained in pieces if not trained))
+        references.append(str(found["completion"]).strip())
+    longest = max(example.trained for example in task.examples)
+    return replace(
+        task, prompts=prompts, references=references, measure=right, measure_name="right", max_new_tokens=longest + 1
+    )
+
+
+def right(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of answers that are right to the letter; a reference counts with its first line, where answers end."""
+    pairs = zip(answers, references, strict=True)
+    return sum(answer.strip() == reference.partition("\n")[0].strip() for answer, reference in pairs) / len(references)
 
 
 @dataclass(frozen=True)

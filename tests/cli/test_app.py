@@ -47,6 +47,11 @@ SURFACE = {
         ["--size", "--model", "--dtype", "--device", "--batch", "--length", "--rounds", "--steps", "--threads", "--only",
          "--method", "--longest", "--list", "--seed", "--json", "--plot"],
     ),
+    "bench methods": (
+        ["words"],
+        ["--model", "--data", "--eval", "--skill", "--other", "--method", "--lr", "--seeds", "--count", "--steps",
+         "--answers", "--output", "--restart", "--list", "--json", "--plot"],
+    ),
 }  # fmt: skip
 
 

@@ -67,3 +67,71 @@ def test_a_mistake_is_told_before_the_work(intarsia, words, said):
     ended = intarsia("bench", "train", *words)
     assert ended.code == 2
     assert said in ended.err
+
+
+@pytest.fixture
+def grid(world, tmp_path):
+    """A comparison of two methods as a file."""
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        f"model: {world.base}\ndata: {{train: {world.rows}, eval: {world.other_rows}}}\nother: {world.rows}\n"
+        "methods: [shira density=0.05, lora rank=2]\nlr: [1e-3, 1e-2]\nseeds: 1\n"
+        f"output: {tmp_path / 'out'}\ntrain: {{steps: 1, batch_size: 2}}\n"
+    )
+    return file
+
+
+def test_a_small_comparison_of_methods(intarsia, grid, tmp_path):
+    ended = intarsia("bench", "methods", grid, "--json", tmp_path / "r.json", "--plot", tmp_path / "p.png")
+    assert ended.code == 0, ended.err
+    assert all(text in ended.out for text in ("shira density=0.05", "lora rank=2", "forgotten", "at its best"))
+    plain = json.loads((tmp_path / "r.json").read_text())
+    assert {"machine", "versions", "rows", "best", "base"} <= set(plain)
+    assert len(plain["rows"]) == 4
+    assert (tmp_path / "p.png").stat().st_size > 5_000
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == plain
+    again = intarsia("bench", "methods", grid, "seeds=2", "--method", "lora rank=2", "--lr", "1e-3")
+    assert "1 methods, 2 runs of them, 1 done already" in again.err
+
+
+def test_the_runs_are_listed(intarsia, grid):
+    ended = intarsia("bench", "methods", grid, "--list", "--seeds", "2")
+    assert ended.code == 0, ended.err
+    assert ended.out.count("seed 1") == 4
+    assert "8 runs" in ended.out
+
+
+def test_a_comparison_without_a_file(intarsia, world, tmp_path):
+    ended = intarsia(
+        "bench", "methods", "--model", world.base, "--data", world.rows, "--eval", world.other_rows, "--method", "lora",
+        "--count", "shira density=0.05", "--lr", "1x", "--seeds", "1", "--steps", "1", "--output", tmp_path / "o",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "lora" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lr", "fast"], "lr: 'fast' is no learning rate"),
+        (["sedes=3"], "unknown key 'sedes'; did you mean 'seeds'"),
+        (["--method", "lorra"], "unknown method 'lorra'; did you mean 'lora'"),
+        (["--plot", "p.gif"], "p.gif: expected a name that ends in"),
+    ],
+)
+def test_a_mistake_in_a_comparison_is_told_at_once(intarsia, grid, words, said):
+    ended = intarsia("bench", "methods", grid, *words)
+    assert ended.code == 2
+    assert said in ended.err
+
+
+def test_a_stopped_comparison_says_how_to_go_on(intarsia, grid, monkeypatch):
+    from intarsia.bench import methods
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods, "train", stopped)
+    ended = intarsia("bench", "methods", grid)
+    assert ended.code == 130
+    assert "stopped after 0 of 4 runs; the same command goes on from there" in ended.err

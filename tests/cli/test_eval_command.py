@@ -111,4 +111,4 @@ def test_answers_need_a_prompt(intarsia, world, tmp_path):
     data.write_text('{"text": "some plain text"}\n')
     ended = intarsia("eval", world.adapters["spells"], "--data", data, "--answers")
     assert ended.code == 2
-    assert "--answers needs rows of prompt and completion, and these are text" in ended.err
+    assert "answers need rows of prompt and completion, and these are text" in ended.err

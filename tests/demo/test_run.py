@@ -24,7 +24,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.evaluate import BASE
 from intarsia.model import digest
 from intarsia.store import read
-from intarsia.train.progress import PlainProgress, Progress, Status
+from intarsia.train.progress import PlainProgress, Progress, Status, Titled
 from intarsia.train.trainer import TrainingStopped, train
 from toy import save_toy
 
@@ -242,7 +242,7 @@ def test_steps_are_heard_under_a_title() -> None:
         def step(self, status: Status) -> None:
             lines.append(status.line())
 
-    demo._Heard(Listening(), "2/6 names LoRA").step(Status(3, 9, loss=1.5))
+    Titled(Listening(), "2/6 names LoRA").step(Status(3, 9, loss=1.5))
     assert lines == ["2/6 names LoRA: step 3/9  loss 1.5000"]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from intarsia.cli import terminal
 from intarsia.errors import IntarsiaError
+
+if TYPE_CHECKING:
+    from intarsia.bench.grid import Grid
 
 
 def train(
@@ -94,3 +97,96 @@ def _writable(*files: Path | None) -> None:
             raise IntarsiaError(f"{file} is a folder; name a file in it")
         if file is not None and file.suffix not in (".json", ".png"):
             raise IntarsiaError(f"{file}: expected a name that ends in .json (--json) or .png (--plot)")
+
+
+def methods(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG.yaml] [KEY=VALUE]...", help="The comparison, and what to set on top.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The base.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows to train on; a share of them is held out.")] = None,
+    held_out: Annotated[Path | None, typer.Option("--eval", help="Rows held out, instead of a share.")] = None,
+    skill: Annotated[str | None, typer.Option("--skill", help="One of the demo's skills instead of data.")] = None,
+    other: Annotated[Path | None, typer.Option("--other", help="Other rows, on which forgetting is measured.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="'shira scorer=snip'. May be given several times.")
+    ] = None,
+    lr: Annotated[str | None, typer.Option("--lr", help="1e-3,4e-3; 0.5x,1x: multiples of each method's own.")] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="How many.")] = None,
+    count: Annotated[
+        str | None, typer.Option("--count", help="Everybody trains so many numbers, or as many as 'lora rank=3'.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps a run.")] = None,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Let each run answer too, for the task's own measure. Slower.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the finished runs.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget the finished runs of that folder.")] = False,
+    list_them: Annotated[bool, typer.Option("--list", help="Name the runs, and stop.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw loss over learning rate to this PNG.")] = None,
+) -> None:
+    """How good each method gets: methods x learning rates x seeds. The same command goes on with what was stopped."""
+    from intarsia.bench.grid import Grid
+    from intarsia.train.config import load_tree, validated
+
+    _writable(json, plot)
+    words = list(words or [])
+    config = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+    tree = load_tree(config, words)
+    given = {
+        "model": model,
+        "skill": skill,
+        "other": other,
+        "methods": method,
+        "lr": lr,
+        "seeds": seeds,
+        "output": output,
+    }
+    tree |= {key: str(value) if isinstance(value, Path) else value for key, value in given.items() if value is not None}
+    if count is not None:
+        tree["count"] = int(count) if count.isdigit() else count
+    for section, values in (("data", {"train": data, "eval": held_out}), ("train", {"steps": steps})):
+        if found := {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None}:
+            before = tree.get(section) or {}
+            tree[section] = ({"train": before} if isinstance(before, str) else dict(before)) | found
+    tree |= {"answers": True} if answers else {}
+    grid = validated(Grid, tree, config or "bench methods")
+    if list_them:
+        return _list(grid)
+    return _compare(grid, restart, json, plot)
+
+
+def _list(grid: Grid) -> None:
+    from intarsia.bench.grid import cases, check_methods, entries
+
+    check_methods(grid)
+    found = cases(grid, entries(grid.model_copy(update={"count": None}), []))
+    for case in found:
+        terminal.output().print(str(case), markup=False)
+    terminal.output().print(f"{len(found)} runs")
+
+
+def _compare(grid: Grid, restart: bool, json: Path | None, plot: Path | None) -> None:
+    from intarsia.bench.machine import write_json
+    from intarsia.bench.methods import run
+
+    out = terminal.output()
+    quality = run(grid, progress=terminal.progress(), restart=restart)
+    folder = Path(grid.output)
+    for file in (folder / "results.json", *([json] if json else [])):
+        write_json(file, quality.to_dict())
+    if quality.runs:
+        out.print(quality.grid_table())
+        out.print()
+        out.print(quality.best_table())
+        for file in (folder / "results.png", *([plot] if plot else [])):
+            quality.picture(file)
+    if quality.interrupted:
+        terminal.messages().print(
+            f"stopped after {len(quality.runs)} of {quality.wanted} runs; the same command goes on from there"
+        )
+        raise typer.Exit(terminal.INTERRUPTED)

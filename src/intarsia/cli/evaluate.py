@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,7 +92,7 @@ def _tasks(
     skip_bad_rows: bool,
     answers: bool,
 ) -> tuple[list[Task], dict[str, DataReport]]:
-    from intarsia.evaluate import Task
+    from intarsia.evaluate import Task, answerable
     from intarsia.train.data import load_examples
 
     tasks, reports = [], {}
@@ -104,39 +102,8 @@ def _tasks(
         )
         tasks.append(Task(name, examples[:rows]))
         if answers:
-            tasks[-1] = _answerable(tasks[-1], path, reports[name].format, pretrained)
+            tasks[-1] = answerable(tasks[-1], path, reports[name].format, pretrained.tokenizer)
     return tasks, reports
-
-
-def _answerable(task: Task, path: Path, format: str, pretrained: Pretrained) -> Task:
-    """The task with its prompts and the right answers."""
-    from intarsia.train.data import SHAPES, BadRow, read_rows
-
-    if format != "prompt":
-        raise IntarsiaError(f"{path}: --answers needs rows of prompt and completion, and these are {format}")
-    fields = {row.number: row.fields for row in read_rows(path)}
-    prompts, references = [], []
-    for example in task.examples:
-        found = fields[example.number]
-        assert not isinstance(found, BadRow)  # those are not among the examples
-        pieces = SHAPES["prompt"].pieces(found, pretrained.tokenizer)
-        prompts.append("".join(text for text, trained in pieces if not trained))
-        references.append(str(found["completion"]).strip())
-    longest = max(example.trained for example in task.examples)
-    return dataclasses.replace(
-        task,
-        prompts=prompts,
-        references=references,
-        measure=_right,
-        measure_name="right",
-        max_new_tokens=longest + 1,
-    )
-
-
-def _right(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that are right to the letter; a reference counts with its first line, where answers end."""
-    pairs = zip(answers, references, strict=True)
-    return sum(answer.strip() == reference.partition("\n")[0].strip() for answer, reference in pairs) / len(references)
 
 
 def _print(measured: Matrix, tasks: list[Task]) -> None:

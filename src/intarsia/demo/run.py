@@ -39,7 +39,7 @@ from intarsia.model import digest
 from intarsia.pretrained import Pretrained
 from intarsia.site import ALL_LINEAR, find_sites
 from intarsia.train.config import Config, make_config
-from intarsia.train.progress import Progress, Status, read_log
+from intarsia.train.progress import Progress, Titled, read_log
 from intarsia.train.trainer import Outcome, TrainingStopped, train
 from intarsia.train.unfinished import LOG
 
@@ -184,7 +184,7 @@ class _Demo:
         adapters = []
         for number, (skill, title, method, files) in enumerate(jobs, 1):
             self.progress.say(f"training {number}/{len(jobs)}: {skill.title} with {title}")
-            heard = _Heard(self.progress, f"{number}/{len(jobs)} {skill.name} {title}")
+            heard = Titled(self.progress, f"{number}/{len(jobs)} {skill.name} {title}")
             outcome = self._train(self._config(skill, title, method, files, base), base, heard)
             adapters.append(self._trained(skill, title, method, outcome))
             self.progress.say(
@@ -344,30 +344,6 @@ class _Demo:
         aside = self.folder / f"{RESULTS}.part"
         aside.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(aside, self.folder / RESULTS)
-
-
-class _Heard(Progress):
-    """Passes on the steps of one training under a title, and keeps its other remarks to itself."""
-
-    def __init__(self, outer: Progress, title: str) -> None:
-        self.outer, self.title = outer, title
-
-    def warn(self, text: str) -> None:
-        self.outer.warn(text)
-
-    def work(self, done: int, all: int, what: str) -> None:
-        self.outer.work(done, all, f"{self.title}: {what}")
-
-    def step(self, status: Status) -> None:
-        self.outer.step(_Titled(**vars(status), title=self.title))
-
-
-@dataclass(frozen=True)
-class _Titled(Status):
-    title: str = ""
-
-    def line(self) -> str:
-        return f"{self.title}: {super().line()}"
 
 
 def _budget(base: Pretrained) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -37,6 +37,9 @@ def _is_names(value: object) -> object:
 
 Names = Annotated[str | list[str], BeforeValidator(_is_names)]
 PathText = Annotated[str, BeforeValidator(_text_of_path), Field(min_length=1)]
+
+
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -213,7 +216,18 @@ SHORT = {
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """A config file, with ``a.b=value`` overrides set on top. Raises IntarsiaError."""
-    path = Path(path)
+    return make_config(load_tree(path, overrides), str(path))
+
+
+def load_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """What a config file holds, or nothing without a file, with overrides set on top; not checked yet."""
+    tree = {} if path is None else _read_tree(Path(path))
+    for assignment in overrides:
+        _override(tree, assignment)
+    return tree
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise IntarsiaError(f"no config file {str(path)!r}{f'; {nearest(path.name, near)}' if near else ''}")
@@ -224,24 +238,27 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = parse_value(text, str(path))
     if not isinstance(tree, dict):
         raise IntarsiaError(f"{path}: a config is a mapping of keys such as model, data, method, output")
-    for assignment in overrides:
-        _override(tree, assignment)
-    return make_config(tree, str(path))
+    return tree
 
 
 def make_config(tree: Mapping[str, Any], where: str = "config") -> Config:
     """A config from nested mappings. All mistakes are reported at once, each with its full key."""
+    return validated(Config, tree, where)
+
+
+def validated(kind: type[S], tree: Mapping[str, Any], where: str) -> S:
+    """The same for any section: its values, or one error with every mistake."""
     try:
-        return Config.model_validate(dict(tree))
+        return kind.model_validate(dict(tree))
     except ValidationError as error:
-        faults = [_fault(one, tree) for one in error.errors()]
+        faults = [_fault(one, kind) for one in error.errors()]
         faults = list(dict.fromkeys(faults))
         raise IntarsiaError("\n  ".join([f"{where}: {len(faults)} mistake(s)", *faults])) from None
 
 
-def _keys(path: list[str]) -> list[str]:
+def _keys(whole: type[BaseModel], path: list[str]) -> list[str]:
     """The keys that may stand in a section."""
-    section: type[BaseModel] = Config
+    section = whole
     for name in path:
         section = next(kind for kind in _kinds(section.model_fields[name].annotation) if issubclass(kind, BaseModel))
     return list(section.model_fields)
@@ -251,14 +268,14 @@ def _kinds(annotation: Any) -> list[type]:
     return [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
 
 
-def _fault(error: Any, tree: Mapping[str, Any]) -> str:
+def _fault(error: Any, whole: type[BaseModel]) -> str:
     where = [str(part) for part in error["loc"]]
     key, kind, found = ".".join(where), error["type"], error["input"]
     if kind == "extra_forbidden":
         *path, last = where
-        elsewhere = [f"{s}.{last}" for s in ("train", "data") if not path and last in _keys([s])]
-        elsewhere += [last] if path and last in _keys([]) else []
-        full = [".".join([*path, name]) for name in _keys(path)]
+        elsewhere = [f"{s}.{last}" for s in ("train", "data") if not path and last in _keys(whole, [s])]
+        elsewhere += [last] if path and last in _keys(whole, []) else []
+        full = [".".join([*path, name]) for name in _keys(whole, path)]
         hint = f"it is {elsewhere[0]}" if elsewhere else nearest(key, full)
         return f"unknown key {key!r}; {hint}"
     if kind == "missing":

@@ -137,6 +137,30 @@ class PlainProgress(Progress):
             self.say(line)
 
 
+class Titled(Progress):
+    """Passes on the steps of one training among several under a title, and keeps its other remarks to itself."""
+
+    def __init__(self, outer: Progress, title: str) -> None:
+        self.outer, self.title = outer, title
+
+    def warn(self, text: str) -> None:
+        self.outer.warn(text)
+
+    def work(self, done: int, all: int, what: str) -> None:
+        self.outer.work(done, all, f"{self.title}: {what}")
+
+    def step(self, status: Status) -> None:
+        self.outer.step(_TitledStatus(**vars(status), title=self.title))
+
+
+@dataclass(frozen=True)
+class _TitledStatus(Status):
+    title: str = ""
+
+    def line(self) -> str:
+        return f"{self.title}: {super().line()}"
+
+
 def progress_on(console: Console) -> Progress:
     """The progress that suits a console: live on a terminal, plain otherwise."""
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)

@@ -54,6 +54,10 @@ class TrainingStopped(KeyboardInterrupt):
         self.step, self.exit_code = step, 128 + signal_number
 
 
+class TrainingDiverged(IntarsiaError):
+    """A run whose loss is no longer a finite number."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run came to. Losses are nats a trained token, over all held-out rows."""
@@ -283,7 +287,7 @@ class AdapterTrainer(Trainer):
         )
         self.run.progress.step(status)
         if not math.isfinite(loss):
-            raise IntarsiaError(
+            raise TrainingDiverged(
                 f"the loss is {loss} at step {step}: the training diverged. Lower train.lr (it is "
                 f"{self.run.ready.estimate.lr:g}) and begin anew with resume='never' (--restart)"
             )
