@@ -83,11 +83,7 @@ def attach(
         )
     with _base_bits(model):
         sites = _taken(model, method, layers)
-        faults = [fault for n, (m, _) in method.settle(sites, None, seed).items() if (fault := m.check(sites[n]))]
-        if faults:
-            raise IntarsiaError(
-                "\n".join(faults[:8] + ([f"... and {len(faults) - 8} more"] if len(faults) > 8 else []))
-            )
+        _planned(method, sites, seed)
         states = _start(model, method, sites, data, loss, seed, progress)
     _put_on(model, name, Attached(method, targets, exclude, seed), {n: layers[n] for n in states}, states)
 
@@ -100,10 +96,19 @@ def plan(
     Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan.
 
     Raises:
-        IntarsiaError: for targets that match nothing, or of which the method takes none.
+        IntarsiaError: for targets that match nothing, or of which the method takes none, or that it does not fit.
     """
     sites = _taken(model, method, find_sites(model, targets, exclude))
-    return {n: m.trained_count(sites[n].shape) for n, (m, _) in method.settle(sites, None, 0).items()}
+    return {n: m.trained_count(sites[n].shape) for n, m in _planned(method, sites, 0).items()}
+
+
+def _planned(method: Method, sites: Mapping[str, Site], seed: int) -> dict[str, Method]:
+    """The method as it would be at each site. Raises one IntarsiaError where it does not fit."""
+    found = {name: here for name, (here, _) in method.settle(sites, None, seed).items()}
+    faults = [fault for name, here in found.items() if (fault := here.check(sites[name]))]
+    if faults:
+        raise IntarsiaError("\n".join(faults[:8] + ([f"... and {len(faults) - 8} more"] if len(faults) > 8 else [])))
+    return found
 
 
 def _taken(model: nn.Module, method: Method, layers: Mapping[str, Any]) -> Mapping[str, Site]:

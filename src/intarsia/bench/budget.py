@@ -3,43 +3,81 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from torch import nn
 
 from intarsia import registry
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
+from intarsia.model import plan
+from intarsia.site import ALL_LINEAR, find_sites
 
-Shape = tuple[int, int]
 KNOBS = ("density", "rank")  # the fields that say how much is trained, in the order in which they are looked for
 
 
-def trained_by(method: Method, shapes: Iterable[Shape]) -> int:
-    """Numbers that a method trains at weights of these (O, I)."""
-    return sum(method.trained_count(shape) for shape in shapes)
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What methods are counted on: the weights of a model that the targets name."""
+
+    model: nn.Module
+    targets: str | Iterable[str] = ALL_LINEAR
+    exclude: str | Iterable[str] = ()
+
+    def trained(self, method: Method) -> int:
+        """Numbers that the method would train. Raises IntarsiaError where it does not fit."""
+        return sum(plan(self.model, method, self.targets, self.exclude).values())
+
+    def highest_rank(self) -> int:
+        """The rank that every weight has at least room for."""
+        layers = find_sites(self.model, self.targets, self.exclude).values()
+        return min(min(layer.weight.shape) for layer in layers)
 
 
-def fitted(config: Mapping[str, Any], shapes: Sequence[Shape], count: int) -> dict[str, Any]:
-    """The method's config, its density or rank set so that it trains ``count`` numbers, or as near as it comes.
+def fitted(config: Mapping[str, Any], scale: Scale, count: int) -> dict[str, Any]:
+    """The method's config, set so that it trains ``count`` numbers, or as near as it comes.
 
-    A knob that the config sets already stays as it is. A method around another one (DoRA) is fitted by the inner one's.
+    What is set is its density or rank, or all its shares of heads and channels by one factor; a method around another
+    one (DoRA) is fitted by the inner one's. What the config sets already stays as it is.
 
     Raises:
-        IntarsiaError: when the method has no field that says how much is trained.
+        IntarsiaError: when nothing about the method says how much is trained.
     """
-    path = _knob(registry.build(config))
-    if path is None:
+    method = registry.build(config)
+    path = _knob(method)
+    if path is None and not (shares := _shares(method)):
         raise IntarsiaError(
             f"{config['name']} has no field among {', '.join(KNOBS)}, so its count cannot be fitted; leave the count out"
         )
-    if _given(config, path):
-        return dict(config)
+    if path is not None:
+        if _given(config, path):
+            return dict(config)
+        name = path[-1]
 
-    def count_at(value: float) -> int:
-        return trained_by(registry.build(_set(config, path, value)), shapes)
+        def make(value: float) -> dict[str, Any]:
+            return _set(config, path, value)
+    else:
+        if shares.keys() & config.keys():
+            return dict(config)
+        name, largest = "share", max(shares.values())
 
-    value = _density(count_at, count) if path[-1] == "density" else _rank(count_at, shapes, count)
-    return _set(config, path, value)
+        def make(value: float) -> dict[str, Any]:
+            return dict(config) | {part: round(value * share / largest, 6) for part, share in shares.items()}
+
+    def counted(value: float) -> int:
+        try:
+            return scale.trained(registry.build(make(value)))
+        except IntarsiaError:
+            return 0  # so little that some weight would get nothing
+
+    return make(_rank(counted, scale.highest_rank(), count) if name == "rank" else _density(counted, count))
+
+
+def _shares(method: Method) -> dict[str, float]:
+    """The shares that a method of several parts has, those above 0."""
+    shares = getattr(method, "shares", None)
+    return {part: share for part, share in shares().items() if share > 0} if callable(shares) else {}
 
 
 def _knob(method: Method) -> tuple[str, ...] | None:
@@ -71,18 +109,17 @@ def _set(config: Any, path: tuple[str, ...], value: float) -> dict[str, Any]:
     return tree | {path[0]: _set(inner, path[1:], value)}
 
 
-def _density(count_at: Any, count: int) -> float:
+def _density(counted: Callable[[float], int], count: int) -> float:
     low, high = 0.0, 1.0  # counts rise with the density; 20 halvings are one part in a million
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if count_at(middle) < count else (low, middle)
-    return min((round(low, 6) or high, round(high, 6)), key=lambda density: abs(count_at(density) - count))
+        low, high = (middle, high) if counted(middle) < count else (low, middle)
+    return min((round(low, 6) or high, round(high, 6)), key=lambda density: abs(counted(density) - count))
 
 
-def _rank(count_at: Any, shapes: Sequence[Shape], count: int) -> int:
-    most = min(min(shape) for shape in shapes)
+def _rank(counted: Callable[[float], int], most: int, count: int) -> int:
     low, high = 1, most
     while low < high:  # the first rank that reaches the count
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if count_at(middle) < count else (low, middle)
-    return min((max(1, low - 1), low), key=lambda rank: abs(count_at(rank) - count))
+        low, high = (middle + 1, high) if counted(middle) < count else (low, middle)
+    return min((max(1, low - 1), low), key=lambda rank: abs(counted(rank) - count))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from intarsia import registry
-from intarsia.bench.budget import fitted
+from intarsia.bench.budget import Scale, fitted
 from intarsia.bench.models import twin
 from intarsia.bench.wanted import label
 from intarsia.errors import IntarsiaError, nearest
@@ -163,7 +163,7 @@ def _full(base: Base) -> Subject:
 def _method(name: str, title: str, config: Mapping[str, Any], equal: bool = False) -> Contender:
     def make(base: Base) -> Subject:
         try:
-            settled = fitted(config, list(base.sites.values()), base.count) if equal else dict(config)
+            settled = fitted(config, Scale(base.model, base.targets), base.count) if equal else dict(config)
             return attached(base, registry.build(settled), name)
         except IntarsiaError as error:
             raise Unavailable(str(error).splitlines()[0]) from error

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from intarsia import registry
-from intarsia.bench.budget import Shape, fitted, trained_by
+from intarsia.bench.budget import Scale, fitted
 from intarsia.bench.wanted import label, method_config
 from intarsia.errors import IntarsiaError
 from intarsia.train.config import DataConfig, Names, PathText, Section, TrainConfig
@@ -144,21 +144,25 @@ def check_methods(grid: Grid) -> None:
         raise IntarsiaError("\n".join(faults))
 
 
-def entries(grid: Grid, shapes: Sequence[Shape]) -> list[Entry]:
-    """The methods, each at the count that the grid asks for.
+def entries(grid: Grid, scale: Scale | None) -> list[Entry]:
+    """The methods, each at the count that the grid asks for; without a scale, as they were given and not counted.
 
     Raises:
-        IntarsiaError: for a count that a method cannot be fitted to, or a method that is given twice.
+        IntarsiaError: for a method that cannot be fitted to the count, does not fit the model, or is given twice.
     """
     count = grid.count
-    if isinstance(count, str | dict):
-        count = trained_by(registry.build(method_config(count)), shapes)
+    if scale is not None and isinstance(count, str | dict):
+        count = scale.trained(registry.build(method_config(count)))
     found = []
     for given in grid.methods:
         config = method_config(given)
-        settled = config if count is None else fitted(config, shapes, count)
+        settled = fitted(config, scale, count) if scale and isinstance(count, int) else config
         method = registry.build(settled)
-        found.append(Entry(label(config), method.config(), method.default_lr, trained_by(method, shapes)))
+        try:
+            trained = scale.trained(method) if scale else 0
+        except IntarsiaError as error:
+            raise IntarsiaError(f"{label(config)}: {error}") from error
+        found.append(Entry(label(config), method.config(), method.default_lr, trained))
     seen: dict[str, Entry] = {}
     for entry in found:
         if (other := seen.setdefault(str(entry.config), entry)) is not entry:

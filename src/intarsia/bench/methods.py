@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia import pretrained, registry, store
+from intarsia import pretrained, store
 from intarsia.analyze import effective_rank, spectrum
+from intarsia.bench.budget import Scale
 from intarsia.bench.grid import Case, Entry, Grid, cases, check_methods, entries
 from intarsia.bench.machine import machine, write_json
 from intarsia.bench.quality import Quality
@@ -25,7 +26,6 @@ from intarsia.errors import IntarsiaError
 from intarsia.evaluate import Task, answerable, evaluate, held_out_loss
 from intarsia.model import detach, digest, load
 from intarsia.pretrained import Pretrained
-from intarsia.site import Site, find_sites
 from intarsia.train.config import Config, make_config
 from intarsia.train.data import BadRow, Example, load_examples, read_rows
 from intarsia.train.plan import load_data
@@ -78,10 +78,7 @@ class _Bench:
     def __init__(self, grid: Grid, base: Pretrained, progress: Progress, restart: bool) -> None:
         self.grid, self.base, self.progress = grid, base, progress
         self.folder = Path(grid.output)
-        layers = find_sites(base.model, grid.targets, grid.exclude)
-        sites = [Site(name, layer.weight, layer.bias) for name, layer in layers.items()]
-        self.entries: list[Entry] = entries(grid, [site.shape for site in sites])
-        _check_sites(self.entries, sites)
+        self.entries: list[Entry] = entries(grid, Scale(base.model, grid.targets, grid.exclude))
         self.cases = cases(grid, self.entries)
         self.settings = self._settings()
         self._check_folder(restart)
@@ -282,16 +279,6 @@ class _Bench:
                     f"output {str(self.folder)!r} holds runs of other settings:\n  " + "\n  ".join(changed)
                     + "\nGo back to those, choose another output, or begin anew with --restart"
                 )  # fmt: skip
-
-
-def _check_sites(methods: Sequence[Entry], sites: Sequence[Site]) -> None:
-    """Raise one error with every method that does not fit the model, and where first."""
-    faults = []
-    for entry in methods:
-        method = registry.build(entry.config)
-        faults += [f"{entry.label}: {fault}" for fault in filter(None, map(method.check, sites))][:1]
-    if faults:
-        raise IntarsiaError("\n".join(faults))
 
 
 def _change(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

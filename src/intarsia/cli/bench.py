@@ -164,7 +164,7 @@ def _list(grid: Grid) -> None:
     from intarsia.bench.grid import cases, check_methods, entries
 
     check_methods(grid)
-    found = cases(grid, entries(grid.model_copy(update={"count": None}), []))
+    found = cases(grid, entries(grid, None))
     for case in found:
         terminal.output().print(str(case), markup=False)
     terminal.output().print(f"{len(found)} runs")
