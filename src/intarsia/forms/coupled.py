@@ -44,16 +44,14 @@ class _Block:
 
 
 class Coupled(Joint):
-    """Subclasses say the share of each part and how a part's units are scored; ``scope`` is a field: model or block."""
-
-    scope: str
+    """Subclasses say the share of each part and how a part's units are ranked; ``scope`` is model or block."""
 
     @abstractmethod
-    def shares(self) -> Mapping[str, float]:
+    def portions(self) -> Mapping[str, float]:
         """The share of the units that is trained, by part: q, k, v, o, gate, up, down."""
 
     @abstractmethod
-    def scores(self, site: Site, role: Role, start: Start) -> Tensor:
+    def rank(self, site: Site, role: Role, start: Start) -> Tensor:
         """The scores of a part's units, the highest to be taken. -> (role.units,)."""
 
     @abstractmethod
@@ -61,18 +59,18 @@ class Coupled(Joint):
         """Whether the units are drawn, so that nothing needs a score."""
 
     def parts(self) -> frozenset[str]:
-        return frozenset(part for part, share in self.shares().items() if share > 0)
+        return frozenset(part for part, share in self.portions().items() if share > 0)
 
     def granularity_at(self, shape: Shape) -> Granularity:
         return Column()
 
     def units(self, shape: Shape) -> int:
-        return int(self.shares()["down"] * shape[1])
+        return int(self.portions()["down"] * shape[1])
 
     def survey(self, site: Site, start: Start) -> Tensor:
         if self.by_chance():
             return torch.empty(0)
-        scores = torch.cat([self.scores(site, role, start) for role in self.mine(site)]).double().cpu()
+        scores = torch.cat([self.rank(site, role, start) for role in self.mine(site)]).double().cpu()
         if not scores.isfinite().all():
             raise IntarsiaError(
                 f"{site.name}: its units have scores that are not finite; check the base and the calibration data"
@@ -147,7 +145,7 @@ class Coupled(Joint):
             numbers.append(start + torch.arange(block.units) // role.group)
             places[name] = (start, role)
             start += role.units
-        count = int(self.shares()[part] * start)
+        count = int(self.portions()[part] * start)
         if count < 1:
             what = "heads" if next(iter(places.values()))[1].kind == "attention" else "channels"
             where = pool[0].name if self.scope == "block" else f"{len(places)} blocks"

@@ -50,12 +50,18 @@ class Part(Sparse):
 class Joint(Sparse):
     """Subclasses say which parts of attention and MLP blocks they take, survey a weight, and settle all supports.
 
-    They have the fields ``layout`` and ``scale``. What the form declares of a single weight (``units``, ``trained_count``) is
+    They have the fields ``layout``, ``scale``, and ``scope``, whether shares are of the whole model. What the form declares of a single weight (``units``, ``trained_count``) is
     meant for the tables; at a weight of a model stands a :class:`Part`.
     """
 
     layout: str
     scale: float | str
+    scope: str
+
+    @property
+    def expected(self) -> Mapping[str, str]:  # type: ignore[override]
+        together = "the units are chosen among those of all targets"
+        return {"same seed same adapter": together} if self.scope == "model" else {}
 
     @abstractmethod
     def parts(self) -> frozenset[str]:

@@ -6,7 +6,8 @@ from intarsia.methods.paca import Paca
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
+from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 
-__all__ = ["Dora", "Lora", "Paca", "Rosa", "S2ft", "Shira", "Snell", "Snella"]
+__all__ = ["Dora", "Lora", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella"]

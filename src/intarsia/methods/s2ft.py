@@ -54,11 +54,11 @@ class S2ft(Coupled):
         {"select": "gradient", "take": "small"}, {"scope": "block", "select": "product"}))  # fmt: skip
 
     def __post_init__(self):
-        for part, share in self.shares().items():
+        for part, share in self.portions().items():
             self.require(0 <= share <= 1, part, "in [0, 1], a share of the heads or channels")
         self.require(bool(self.parts()), "down", "above 0, or another part's share: nothing would be trained")
         self.require(self.select in SELECT, "select", "one of " + ", ".join(SELECT))
-        self.require(SELECT[self.select] != ("inputs",) or all(self.shares()[reads] > 0 or not self.parts() & made
+        self.require(SELECT[self.select] != ("inputs",) or all(self.portions()[reads] > 0 or not self.parts() & made
                      for reads, made in (("o", {"q", "k", "v"}), ("down", {"up", "gate"}))), "select",
                      "another one: an activation is seen where it is read, so o (or down) needs a share too")  # fmt: skip
         self.require(self.take in ("large", "small"), "take", "large or small")
@@ -66,12 +66,7 @@ class S2ft(Coupled):
         self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and 0 < self.scale < math.inf),
                      "scale", "'auto' or a positive number")  # fmt: skip
 
-    @property
-    def expected(self):  # type: ignore[override]
-        together = "the heads and channels are chosen among those of all targets"
-        return {"same seed same adapter": together} if self.scope == "model" else {}
-
-    def shares(self):
+    def portions(self):
         return {part: getattr(self, part) for part in ("q", "k", "v", "o", "gate", "up", "down")}
 
     def by_chance(self):
@@ -80,7 +75,7 @@ class S2ft(Coupled):
     def needs(self):
         return frozenset(SELECT[self.select])
 
-    def scores(self, site, role, start):
+    def rank(self, site, role, start):
         W = start.given("gradient") if self.select == "gradient" else site.weight.detach()
         channels = torch.linalg.vector_norm(W, dim=0 if role.side == "columns" else 1, dtype=torch.float64)
         channels = channels.narrow(0, role.first * role.width, role.units * role.width)
