@@ -105,7 +105,7 @@ def test_full_density_is_all_of_the_weight(model):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"targets": "dwon"}, "'dwon' matches none of the 3 linear layers; did you mean 'down'"),
+        ({"targets": "dwon"}, "'dwon' matches none of the 3 layers that can be adapted; did you mean 'down'"),
         ({"targets": ["up"], "exclude": "up"}, "leave none"),
         ({"name": ""}, "cannot be named ''"),
         ({"name": "a.b"}, "cannot be named 'a.b'"),

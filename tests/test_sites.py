@@ -56,7 +56,7 @@ def test_targets(targets, count, llama):
 
 def test_a_name_is_not_a_part_of_a_name(llama):
     for target in ("proj", "_proj", "q_pro", "re:q_proj", "re:.*q_pro"):
-        with pytest.raises(ia.IntarsiaError, match="matches none of the 15 linear layers"):
+        with pytest.raises(ia.IntarsiaError, match="matches none of the 16 layers that can be adapted"):
             _names(llama, target)
 
 
@@ -71,12 +71,12 @@ def test_all_faults_are_told_at_once_with_the_nearest_names(llama):
         _names(llama, ["*.q_prj", "up_proj", "re:(", "gate"], ["dwon_proj"])
     text = str(caught.value)
     assert (
-        "target '*.q_prj' matches none of the 15 linear layers; did you mean 'q_proj' (model.layers.0.self_attn.q_proj)"
+        "target '*.q_prj' matches none of the 16 layers that can be adapted; did you mean 'q_proj' (model.layers.0.self_attn.q_proj)"
         in text
     )
     assert "target 're:(' is not a regular expression" in text
     assert "target 'gate' matches none" in text
-    assert "exclude 'dwon_proj' matches none of the 15 linear layers; did you mean 'down_proj'" in text
+    assert "exclude 'dwon_proj' matches none of the 16 layers that can be adapted; did you mean 'down_proj'" in text
     assert "up_proj'" not in text.partition("matches")[0]
 
 
@@ -87,17 +87,21 @@ def test_no_targets_and_none_left(llama):
         _names(llama, "q_proj", "self_attn.*_proj".replace("self_attn", "*.self_attn"))
 
 
-def test_what_is_no_linear_is_named(llama):
-    with pytest.raises(ia.IntarsiaError, match="'embed_tokens' matches model.embed_tokens, a Embedding; only Linear"):
-        _names(llama, "embed_tokens")
-    with pytest.raises(ia.IntarsiaError, match="LayerNorm has no Linear layer"):
+def test_what_cannot_be_adapted_is_named(llama):
+    with pytest.raises(
+        ia.IntarsiaError, match="'norm' matches model.norm, a LlamaRMSNorm; these can be adapted: Linear, Conv"
+    ):
+        _names(llama, "norm")
+    with pytest.raises(ia.IntarsiaError, match="LayerNorm has no layer that can be adapted"):
         _names(nn.LayerNorm(3), "all-linear")
 
 
 def test_a_tied_head_is_refused_and_not_among_all_linear(tiny_llama):
     tied = tiny_llama(tie_word_embeddings=True)
     assert len(_names(tied, "all-linear")) == 14
-    with pytest.raises(ia.IntarsiaError, match=r"lm_head: its weight is tied to model.embed_tokens.weight"):
+    with pytest.raises(
+        ia.IntarsiaError, match=r"lm_head: .* tied to model.embed_tokens.weight; name 'model.embed_tokens'"
+    ):
         ia.attach(tied, ia.Lora(2), ["q_proj", "lm_head"])
     assert ia.attached_names(tied) == []
 
@@ -157,19 +161,45 @@ def test_an_excluded_out_proj_lets_the_rest_be_adapted():
     assert set(ia.export(model).edits) == {"linear1.weight", "linear2.weight"}
 
 
-def test_subclasses_of_linear_are_adapted_and_stay_what_they_are():
-    class Loud(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 2
+class Quiet(nn.Linear):
+    """Its own forward, and the same numbers."""
 
-    model = nn.Sequential(Loud(4, 4))
+    def forward(self, input):
+        return super().forward(input)
+
+
+class Loud(nn.Linear):
+    """What an adapter adds to its output is not what the edit, set into its weight, would."""
+
+    def forward(self, input):
+        return super().forward(input) * 2
+
+
+class Picky(nn.Linear):
+    def forward(self, input):
+        raise ValueError("three dimensions, please")
+
+
+@pytest.mark.parametrize("method", [ia.Lora(2), ia.Shira(density=0.2)], ids=str)
+def test_subclasses_of_linear_are_adapted_and_stay_what_they_are(method):
+    model = nn.Sequential(Quiet(4, 4))
     x = torch.randn(3, 4)
     before = model(x)
-    ia.attach(model, ia.Lora(2))
-    assert isinstance(model[0], Loud)
+    ia.attach(model, method)
+    assert isinstance(model[0], Quiet)
     assert torch.equal(model(x), before)
+    ia.attach(model, ia.Lora(1), name="second")
     ia.detach(model, "default")
-    assert type(model[0]) is Loud
+    ia.detach(model, "second")
+    assert type(model[0]) is Quiet
+
+
+@pytest.mark.parametrize(("kind", "message"), [(Loud, "is not that of its base class"), (Picky, "three dimensions")])
+def test_a_forward_that_computes_something_else_is_refused(kind, message):
+    model = nn.Sequential(kind(4, 4))
+    with pytest.raises(ia.IntarsiaError, match=message):
+        ia.attach(model, ia.Lora(2))
+    assert type(model[0]) is kind
 
 
 def test_a_base_may_have_modules_called_adapters():

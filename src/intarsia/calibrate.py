@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import IntarsiaError
+from intarsia.operators import Operator, operator_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int, str], None]
@@ -176,7 +177,7 @@ class _Inputs:
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
         self.layers = {name: model.get_submodule(name) for name in weights}
-        self.columns = {name: weight.shape[1] for name, weight in weights.items()}
+        self.columns = {name: _linear_inputs(layer) for name, layer in self.layers.items()}
         self.squares: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
 
@@ -209,7 +210,7 @@ class _Inputs:
     def _see(self, name: str, x: Tensor) -> None:
         if x.shape[-1] != self.columns[name]:
             raise IntarsiaError(
-                f"{name}: its input is {tuple(x.shape)} and its weight has {self.columns[name]} columns; "
+                f"{name} is a {type(self.layers[name]).__name__} and its input is {tuple(x.shape)}; "
                 "norms of inputs are known for linear layers only. Exclude it or choose another scorer"
             )
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
@@ -217,6 +218,12 @@ class _Inputs:
         wide = torch.promote_types(x.dtype, torch.float32)
         squares = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=wide).square()
         self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+
+
+def _linear_inputs(layer: Any) -> int:
+    """I of a linear layer, 0 of any other."""
+    operator = operator_of(layer)
+    return operator.matrix(layer.weight).shape[1] if isinstance(operator, Operator) and operator.kind == "linear" else 0
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The chain at a site: the base layer below, each active adapter on top. The only file that touches nn.Module.
 
 A layer is adapted by swapping its class in place, so base keys, ``isinstance``, ``.weight``, deepcopy, pickle and
-``torch.compile(fullgraph=True)`` survive. Where the lowest active adapter is sparse it is *live*: its values stand in the
+``torch.compile(fullgraph=True)`` survive. A layer that shares an embedding's weight (a tied head) is its *partner*: it
+computes with the same adapters, and what they learn sums over both. Where the lowest active adapter is sparse it is *live*: its values stand in the
 base weight itself, and the base's bits are kept aside. They are written after every optimizer step (a hook), never in a
 forward; a forward whose weight is out of date is an error, not a wrong answer.
 """
@@ -20,18 +21,26 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
+from intarsia.operators import LINEAR, Operator, operator_of
 from intarsia.site import Site
 from intarsia.support import Granularity
 
 _ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every adapted layer alive, for the optimizer hook
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # a class -> the same with a chain on it, made once
+_CLASSES: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}  # a class -> the same with a chain on it, made once
 
 
 class Tensors:
     """p: the state at one site as attributes (a plain class: Dynamo does not trace SimpleNamespace)."""
 
-    def __init__(self, tensors: dict[str, Tensor], shape: tuple[int, int], plan: tuple[Tensor, ...] = ()):
-        self.shape, self.plan = shape, plan
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        shape: tuple[int, int],
+        plan: tuple[Tensor, ...] = (),
+        operator: Operator = LINEAR,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.shape, self.plan, self.operator, self.dtype = shape, plan, operator, dtype
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
@@ -41,7 +50,7 @@ class State(nn.Module):
 
     def __init__(self, method: Method, site: Site, tensors: dict[str, Tensor]):
         super().__init__()
-        self.method, self.shape = method, site.shape
+        self.method, self.shape, self.operator = method, site.shape, site.operator
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
@@ -68,17 +77,19 @@ class State(nn.Module):
         """Of a sparse method's support."""
         return self.method.granularity_at(self.shape)  # type: ignore[attr-defined, no-any-return]
 
-    def raw(self) -> Tensors:
-        """p in the dtypes that are stored."""
-        return Tensors(self.tensors(), self.shape, self.plan())
+    def raw(self, operator: Operator | None = None) -> Tensors:
+        """p in the dtypes that are stored; for a partner, with what that does with the weight."""
+        return Tensors(self.tensors(), self.shape, self.plan(), operator or self.operator)
 
-    def cast(self, dtype: torch.dtype) -> Tensors:
+    def cast(self, dtype: torch.dtype, operator: Operator | None = None) -> Tensors:
         """p in one floating dtype, so that no method ever meets two it did not ask for."""
         wide = self.method.stays_wide()
         return Tensors(
             {k: t.to(dtype) if t.is_floating_point() and k not in wide else t for k, t in self.tensors().items()},
             self.shape,
             self.plan(),
+            operator or self.operator,
+            dtype,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> State:
@@ -105,22 +116,79 @@ class Chain:
         if not states:
             return layer.base_forward(x)  # type: ignore[no-any-return]
         top = states[-1]
-        if len(states) == 1 and layer.live is not None:
-            return top.method.live(top.cast(x.dtype), x, layer.weight, layer.bias)  # type: ignore[attr-defined, no-any-return]
-        return top.method.forward(top.cast(x.dtype), x, Chain(layer, states[:-1]))
+        # Token numbers have no dtype to compute in; the weight's is the layer's own.
+        p = top.cast(x.dtype if x.is_floating_point() else layer.weight.dtype, layer.operator)
+        if len(states) == 1 and layer.leading.live is not None:
+            return top.method.live(p, x, matrix(layer), bias(layer))  # type: ignore[attr-defined, no-any-return]
+        return top.method.forward(p, x, Chain(layer, states[:-1]))
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of all that lies below, folded in ``dtype``."""
         layer, states = self.layer, self.states
         if not states:
-            b = layer.bias
+            b = bias(layer)
             return base_weight(layer).to(dtype), None if b is None else b.to(dtype)
         top = states[-1]
-        return top.method.fold(top.cast(dtype), *Chain(layer, states[:-1]).weights(dtype))
+        return top.method.fold(top.cast(dtype, layer.operator), *Chain(layer, states[:-1]).weights(dtype))
 
 
-class Adapted:
-    """What an adapted layer has besides what its base class has. Mixed in by :func:`adapted`."""
+class OnChain:
+    """What every layer with a chain has besides what its base class has. Mixed in by :func:`adapted`."""
+
+    base_class: type[nn.Module]  # what it was before
+    operator: Operator  # what it does with the weight
+    base_forward: Any
+
+    @property
+    def leading(self) -> Adapted:
+        """The layer that holds the adapters: itself, or the one whose partner it is."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
+        leading = self.leading
+        if leading.live is not None and not torch.compiler.is_compiling() and versions(leading) != leading.written:
+            raise IntarsiaError(
+                f"the weight under the live adapter {leading.live!r} is out of date: its values or the weight were changed by "
+                "something other than an optimizer step. Call intarsia.sync(model) after writing values by hand; "
+                "activate(model) before changing base weights"
+            )
+        if leading.rows is not None:
+            return self._forward_rows(input)
+        return Chain(self, [leading.adapters[name] for name in leading.active])(input)  # type: ignore[misc]
+
+    def _forward_rows(self, x: Tensor) -> Tensor:
+        leading = self.leading
+        if x.shape[0] != leading.row_count:
+            raise IntarsiaError(
+                f"rows() was given {leading.row_count} adapters, and this layer meets {x.shape[0]} rows; "
+                "per-row adapters need the batch as the first dimension in every adapted layer"
+            )
+        assert leading.rows is not None
+        y: Tensor | None = None
+        for names, index in leading.rows:
+            states = [leading.adapters[name] for name in names if name in leading.adapters]
+            part = Chain(self, states)(x.index_select(0, index))  # type: ignore[arg-type]
+            y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
+            y = y.index_copy(0, index, part)
+        assert y is not None
+        return y
+
+
+class Partner(OnChain):
+    """A layer that shares the weight of an adapted one, and has no adapters of its own."""
+
+    leader: tuple[Adapted]  # in a tuple, or it would be registered as a part of this layer
+
+    @property
+    def leading(self) -> Adapted:
+        return self.leader[0]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _revive, (self.base_class, Partner), self.__dict__
+
+
+class Adapted(OnChain):
+    """A layer with adapters."""
 
     adapters: nn.ModuleDict  # every adapter at this layer, active or not
     active: tuple[str, ...]  # those that act, lowest first
@@ -129,36 +197,14 @@ class Adapted:
     row_count: int
     kept: Tensor | None  # the base's bits at the support of the live adapter
     written: tuple[int, int]  # versions of (values, weight) when the weight was last written
+    partners: tuple[Any, ...]  # layers that share the weight
 
-    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
-        if self.live is not None and not torch.compiler.is_compiling() and versions(self) != self.written:
-            raise IntarsiaError(
-                f"the weight under the live adapter {self.live!r} is out of date: its values or the weight were changed by "
-                "something other than an optimizer step. Call intarsia.sync(model) after writing values by hand; "
-                "activate(model) before changing base weights"
-            )
-        if self.rows is not None:
-            return self._forward_rows(input)
-        return Chain(self, [self.adapters[name] for name in self.active])(input)  # type: ignore[misc]
-
-    def _forward_rows(self, x: Tensor) -> Tensor:
-        if x.shape[0] != self.row_count:
-            raise IntarsiaError(
-                f"rows() was given {self.row_count} adapters, and this layer meets {x.shape[0]} rows; "
-                "per-row adapters need the batch as the first dimension in every adapted layer"
-            )
-        assert self.rows is not None
-        y: Tensor | None = None
-        for names, index in self.rows:
-            states = [self.adapters[name] for name in names if name in self.adapters]
-            part = Chain(self, states)(x.index_select(0, index))  # type: ignore[arg-type]
-            y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
-            y = y.index_copy(0, index, part)
-        assert y is not None
-        return y
+    @property
+    def leading(self) -> Adapted:
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (type(self).__mro__[2],), self.__dict__
+        return _revive, (self.base_class, Adapted), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -173,45 +219,65 @@ class Adapted:
         return out
 
 
-def adapted(cls: type[nn.Module]) -> type[nn.Module]:
+def adapted(cls: type[nn.Module], role: type = Adapted) -> type[nn.Module]:
     """cls with a chain of adapters on top: a subclass, so the layer keeps its identity, its keys and isinstance(cls)."""
-    if cls in _CLASSES:
-        return _CLASSES[cls]
+    if (role, cls) in _CLASSES:
+        return _CLASSES[role, cls]
 
     def base_forward(self: Any, x: Tensor) -> Tensor:
         return cls.forward(self, x)  # type: ignore[no-any-return]
 
-    _CLASSES[cls] = type(f"Adapted{cls.__name__}", (Adapted, cls), {"base_forward": base_forward})
-    return _CLASSES[cls]
+    own = {"base_forward": base_forward, "base_class": cls}
+    _CLASSES[role, cls] = type(f"{role.__name__}{cls.__name__}", (role, cls), own)
+    return _CLASSES[role, cls]
 
 
-def _revive(cls: type[nn.Module]) -> nn.Module:
-    layer: nn.Module = adapted(cls).__new__(adapted(cls))
-    _ADAPTED.add(layer)
+def _revive(cls: type[nn.Module], role: type) -> nn.Module:
+    new = adapted(cls, role)
+    layer: nn.Module = new.__new__(new)
+    if role is Adapted:
+        _ADAPTED.add(layer)
     return layer
 
 
 # ------------------------------------------------------------------ putting on and taking off
-def put_on(layer: Any, name: str, state: State) -> None:
-    """Add an adapter to a layer, inactive. Swaps the layer's class when it is the first."""
+def put_on(layer: Any, name: str, state: State, partners: Sequence[tuple[Any, Operator]] = ()) -> None:
+    """Add an adapter to a layer, inactive. Swaps the class of the layer and of its partners when it is the first."""
     if not isinstance(layer, Adapted):
         layer.__class__ = adapted(type(layer))
-        layer.adapters = nn.ModuleDict()
+        layer.adapters, layer.operator = nn.ModuleDict(), state.operator
         layer.active, layer.live, layer.kept, layer.rows = (), None, None, None
         layer.row_count, layer.written = 0, (0, 0)
+        layer.partners = tuple(partner for partner, _ in partners)
+        for partner, operator in partners:
+            partner.__class__ = adapted(type(partner), Partner)
+            partner.leader, partner.operator = (layer,), operator
         _ADAPTED.add(layer)
     layer.adapters[name] = state
 
 
 def take_off(layer: Any, name: str) -> None:
-    """Remove an inactive adapter from a layer. Gives the layer its own class back when it was the last."""
+    """Remove an inactive adapter from a layer. Gives the layer and its partners their own classes back when it was the last."""
     del layer.adapters[name]
     if not layer.adapters:
         _ADAPTED.discard(layer)
-        for attribute in ("active", "live", "kept", "rows", "row_count", "written"):
+        for partner in layer.partners:
+            del partner.leader, partner.operator
+            partner.__class__ = partner.base_class
+        for attribute in ("active", "live", "kept", "rows", "row_count", "written", "operator", "partners"):
             delattr(layer, attribute)
         del layer.adapters
-        layer.__class__ = type(layer).__mro__[2]
+        layer.__class__ = layer.base_class
+
+
+def matrix(layer: Any) -> Tensor:
+    """The weight that stands in an adapted layer now, as (O, I). A view."""
+    return layer.operator.matrix(layer.weight)  # type: ignore[no-any-return]
+
+
+def bias(layer: Any) -> Tensor | None:
+    """The layer's bias; an embedding has none."""
+    return getattr(layer, "bias", None)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Any]:
@@ -230,7 +296,7 @@ def set_active(layer: Any, names: Sequence[str], live: bool = True) -> None:
 
 def _set_in(layer: Any, name: str) -> None:
     state = layer.adapters[name]
-    layer.kept = state.granularity().gather(layer.weight.detach(), state.index)
+    layer.kept = state.granularity().gather(matrix(layer).detach(), state.index)
     layer.live = name  # from here on the kept bits undo whatever is written
     write(layer)
 
@@ -240,7 +306,7 @@ def _take_out(layer: Any) -> None:
         return
     state = layer.adapters[layer.live]
     with torch.no_grad():
-        state.granularity().put(layer.weight, state.index, layer.kept)
+        state.granularity().put(matrix(layer), state.index, layer.kept)
     layer.live = layer.kept = None
 
 
@@ -248,7 +314,7 @@ def write(layer: Any) -> None:
     """Write base + change of the live adapter into the weight, computed in float32 or wider and rounded once."""
     if layer.live is None:
         return
-    state, weight = layer.adapters[layer.live], layer.weight
+    state, weight = layer.adapters[layer.live], matrix(layer)
     with torch.no_grad():
         change = state.method.change(state.raw())
         state.granularity().put(weight, state.index, (layer.kept.to(change.dtype) + change).to(weight.dtype))
@@ -262,14 +328,18 @@ def versions(layer: Any) -> tuple[int, int]:
 
 
 def base_weight(layer: Any) -> Tensor:
-    """The base's own weight: the layer's, or a copy with the kept bits put back where an adapter is live."""
-    weight: Tensor = layer.weight
-    if not isinstance(layer, Adapted) or layer.live is None:
+    """The base's own weight, (O, I): the layer's, or a copy with the kept bits put back where an adapter is live."""
+    if not isinstance(layer, OnChain):
+        operator = operator_of(layer)
+        assert isinstance(operator, Operator)
+        return operator.matrix(layer.weight)
+    weight, leading = matrix(layer), layer.leading
+    if leading.live is None:
         return weight
-    assert layer.kept is not None
-    state: Any = layer.adapters[layer.live]
+    assert leading.kept is not None
+    state: Any = leading.adapters[leading.live]
     weight = weight.detach().clone()
-    state.granularity().put(weight, state.index, layer.kept)
+    state.granularity().put(weight, state.index, leading.kept)
     return weight
 
 

@@ -696,6 +696,111 @@ def keeps_what_it_declares(method: Method) -> None:
 
 
 @law
+def sits_where_it_says(method: Method) -> None:
+    """At every kind of layer in ``kinds``: starts as the base, the forward is torch's own function of the folded weight,
+    values and every gradient, live and beside the base; a deck sets in the same and takes out the very bits; a saved adapter
+    is loaded the same. At any other kind attaching is refused."""
+    for kind, (make, given, reference) in _kinds().items():
+        model = make(torch.float64)
+        if kind.partition(" ")[0] not in method.sits_at():
+            before = _snapshot(model)
+            _refused(lambda m=model, x=given: _attach_to(m, method, x), f"a layer of the kind {kind}", "up")  # type: ignore[misc]
+            _unchanged(model, before, f"refused at the kind {kind}")
+            continue
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            plain, x = make(dtype), given(dtype)
+            y, bits = plain(x), _bits(plain.state_dict())
+            _attach_to(plain, method, given)
+            if method.starts_as_identity:
+                for live in (True, False):
+                    _set_live(plain, live)
+                    _same(plain(x), y, f"{kind}: output at the start in {dtype}, live={live}")
+            _set_live(plain, True)
+            _stir(plain)
+            fused = make(dtype)
+            deck = Deck(fused)
+            deck.add(models.export(plain, called="a"))
+            deck.use("a")
+            _near(fused(x), plain(x), 4 * float(torch.finfo(dtype).eps), f"{kind}: a deck's output in {dtype}")
+            deck.off()
+            models.detach(plain, "default")
+            _promise(_bits(plain.state_dict()) == bits, f"{kind}: detaching did not give the base back in {dtype}")
+            _promise(_bits(fused.state_dict()) == bits, f"{kind}: deck.off() did not give the base back in {dtype}")
+            _same(plain(x), y, f"{kind}: output of the base afterwards in {dtype}")
+        _attach_to(model, method, given)
+        _stir(model)
+        layer: Any = model.get_submodule("up")
+        state = layer.adapters["default"]
+        W, b = chain.base_weight(layer).clone(), chain.bias(layer)
+        x = given(torch.float64)
+        wanted = [*([x.requires_grad_()] if x.is_floating_point() else []), *state.parameters()]
+        y = reference(x, *method.fold(state.cast(torch.float64), W, b))
+        gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        expected = torch.autograd.grad(y, wanted, gy)
+        for live in (True, False) if _sparse(method) else (True,):
+            _set_live(model, live)
+            _near(model(x), y, EXACT, f"{kind}: forward against fold, live={live}")
+            for gradient, right in zip(torch.autograd.grad(model(x), wanted, gy), expected, strict=True):
+                _near(gradient, right, EXACT, f"{kind}: gradient, live={live}")
+        with _folder() as folder:
+            loaded = make(torch.float64)
+            models.load(loaded, models.save(model, folder / "a"))
+            _set_live(loaded, False)
+            _same(loaded(x), model(x), f"{kind}: output of a saved and loaded adapter")
+
+
+Kind = tuple[Callable[[torch.dtype], nn.Module], Callable[[torch.dtype], Tensor], Callable[..., Tensor]]
+
+
+def _kinds() -> dict[str, Kind]:
+    """Nets with one layer "up", of a 24 x 16 weight, by kind of layer; an input of each; what torch computes of x, W, b."""
+
+    def make(layer: Callable[[], nn.Module], tied: bool = False) -> Callable[[torch.dtype], nn.Module]:
+        def net(dtype: torch.dtype) -> nn.Module:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                whole = nn.Sequential()
+                whole.add_module("up", layer())
+            whole.add_module("tanh", nn.Tanh())
+            if tied:
+                head = nn.Linear(24, 16, bias=False)
+                head.weight = whole.get_submodule("up").weight  # type: ignore[assignment]
+                whole.add_module("head", head)
+            return whole.to(dtype)
+
+        return net
+
+    def tokens(dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[1, 15, 1, 4], [0, 7, 4, 9]])
+
+    def conv(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.conv1d(x, W.view(24, 4, 4), b, stride=2, padding=1, dilation=2).tanh()
+
+    def grouped(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.conv2d(x, W.view(24, 4, 2, 2), b, padding=(1, 0), groups=2).tanh()
+
+    def embed(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.embedding(x, W.mT).tanh()
+
+    def tied(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(F.embedding(x, W.mT).tanh(), W.mT)
+
+    one, two = (lambda d: _input(d, (3, 4, 12))), (lambda d: _input(d, (2, 8, 4, 3)))
+    return {
+        "convolution 1d": (make(lambda: nn.Conv1d(4, 24, 4, stride=2, padding=1, dilation=2)), one, conv),
+        "convolution 2d, grouped": (make(lambda: nn.Conv2d(8, 24, 2, padding=(1, 0), groups=2)), two, grouped),
+        "embedding": (make(lambda: nn.Embedding(16, 24)), tokens, embed),
+        "tied": (make(lambda: nn.Embedding(16, 24), tied=True), tokens, tied),
+    }
+
+
+def _attach_to(model: nn.Module, method: Method, given: Callable[[torch.dtype], Tensor]) -> None:
+    """Attach to the layer "up" of a net of any kind."""
+    dtype = next(p.dtype for p in model.parameters())
+    models.attach(model, method, "up", data=[given(dtype)], loss=_loss)
+
+
+@law
 def config_goes_through_json(method: Method) -> None:
     """The config is plain JSON from which an equal method is built; the method is frozen and can be compared and hashed."""
     there = json.loads(json.dumps(method.config(), allow_nan=False))

@@ -84,8 +84,8 @@ class Start:
 class Method(ABC):
     """How an adapter is trained. Subclasses are frozen dataclasses; their fields are the hyperparameters.
 
-    ``p`` below is the state at one site: its tensors as attributes (``p.A``, ``p.values``) in one floating dtype, and
-    ``p.shape``, the (O, I) of the weight.
+    ``p`` below is the state at one site: its tensors as attributes (``p.A``, ``p.values``) in one floating dtype, which is
+    ``p.dtype``, ``p.operator``, what the layer does with the weight; and ``p.shape``, the (O, I) of the weight.
     """
 
     name: ClassVar[str]  # as in configs and on the command line
@@ -98,6 +98,7 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
     starts_as_identity: ClassVar[bool] = True
     default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason
 
@@ -169,6 +170,10 @@ class Method(ABC):
     def at(self, edit: Edit, site: Site) -> Method:
         """The method as it was at a site, from the edit that it made there."""
         return self
+
+    def sits_at(self) -> frozenset[str]:
+        """The kinds of layers where it can sit as it is set: the norms of inputs are known for linear layers only."""
+        return self.kinds & {"linear"} if "inputs" in self.needs() else self.kinds
 
     def config(self) -> dict[str, Any]:
         """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from intarsia import chain, families, registry, store
 from intarsia.calibrate import Loss, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
-from intarsia.site import ALL_LINEAR, Site, find_sites, linear_layers, unfit
+from intarsia.operators import PLAIN, operator_of
+from intarsia.site import ALL_LINEAR, Site, adaptable_layers, find_sites, partners, site_at, unfit
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,33 @@ def attach(
     _free(model)
     _check_name(model, name)
     targets, exclude = _patterns(targets), _patterns(exclude)
-    layers = find_sites(model, targets, exclude)
+    targeted = find_sites(model, targets, exclude)
     if method.needs() and data is None:
         raise IntarsiaError(
             f"{method.name} chooses by {', '.join(sorted(method.needs()))} and needs calibration data: pass data=[batch, ...]"
             f"{'' if method.needs() == {'inputs'} else ' with labels'}"
         )
     with _base_bits(model):
-        sites = _taken(model, method, layers)
+        sites = _taken(model, method, targeted)
         _planned(method, sites, seed)
         states = _start(model, method, sites, data, loss, seed, progress)
-    _put_on(model, name, Attached(method, targets, exclude, seed), {n: layers[n] for n in states}, states)
+    _put_on(model, name, Attached(method, targets, exclude, seed), states)
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise IntarsiaError("\n".join(faults[:8] + ([f"... and {len(faults) - 8} more"] if len(faults) > 8 else [])))
+
+
+def _misplaced(method: Method, site: Site) -> str | None:
+    """Why a method cannot sit at a site of this kind, or None."""
+    kinds = {site.operator.kind} | ({"tied"} if site.tied else set())
+    for kind in sorted(kinds - method.sits_at()):
+        what = f"shares its weight with {', '.join(site.tied)}" if kind == "tied" else f"is of the kind {kind}"
+        able = ", ".join(name for name, cls in registry.methods().items() if kind in cls.kinds)
+        why = "" if kind not in method.kinds else " as it is set: the norms of inputs are known for linear layers only"
+        return f"{site.name} {what}, where {method.name} cannot sit{why}; exclude it, or take another method ({able})"
+    return None
 
 
 def plan(
@@ -105,17 +122,16 @@ def plan(
 def _planned(method: Method, sites: Mapping[str, Site], seed: int) -> dict[str, Method]:
     """The method as it would be at each site. Raises one IntarsiaError where it does not fit."""
     found = {name: here for name, (here, _) in method.settle(sites, None, seed).items()}
-    faults = [fault for name, here in found.items() if (fault := here.check(sites[name]))]
-    if faults:
-        raise IntarsiaError("\n".join(faults[:8] + ([f"... and {len(faults) - 8} more"] if len(faults) > 8 else [])))
+    _raise([fault for name, here in found.items() if (fault := here.check(sites[name]))])
     return found
 
 
-def _taken(model: nn.Module, method: Method, layers: Mapping[str, Any]) -> Mapping[str, Site]:
+def _taken(model: nn.Module, method: Method, targeted: Mapping[str, Site]) -> Mapping[str, Site]:
     """The sites that the method takes, with their roles where it asks for them."""
+    _raise([fault for site in targeted.values() if (fault := _misplaced(method, site))])
     layout = method.roles_from()
     roles = families.roles(families.blocks(model, layout)) if layout else {}
-    return method.takes({n: Site(n, layer.weight, layer.bias, roles.get(n, ())) for n, layer in layers.items()})
+    return method.takes({name: replace(site, roles=roles.get(name, ())) for name, site in targeted.items()})
 
 
 def _start(
@@ -138,6 +154,8 @@ def _start(
             progress(len(states), len(sites), "attaching")
 
     def use(name: str, found: Mapping[str, Any]) -> None:
+        operator = sites[name].operator
+        found = {need: operator.matrix(t) if t.ndim > 1 else t for need, t in found.items()}
         if method.chooses_together():
             surveys[name] = method.survey(sites[name], Start.at(name, seed, **found))
         else:
@@ -155,13 +173,7 @@ def _start(
     return {name: states[name] for name in sites if name in states}
 
 
-def _put_on(
-    model: nn.Module,
-    name: str,
-    attached: Attached,
-    layers: Mapping[str, nn.Module],
-    states: Mapping[str, chain.State],
-) -> None:
+def _put_on(model: nn.Module, name: str, attached: Attached, states: Mapping[str, chain.State]) -> None:
     """The step that changes the model; all that can be wrong has been checked before."""
     fresh = not hasattr(model, "_intarsia")
     active = active_names(model)
@@ -170,8 +182,10 @@ def _put_on(
             model._intarsia = _Record({}, {n: p.requires_grad for n, p in model.named_parameters()})  # type: ignore[assignment]
             model.requires_grad_(False)
         record(model).adapters[name] = attached
-        for site, layer in layers.items():
-            chain.put_on(layer, name, states[site])
+        shared = {site: partners(model, site).items() for site in states}
+        for site, state in states.items():
+            with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
+            chain.put_on(model.get_submodule(site), name, state, with_it)
         activate(model, name)
     except BaseException:
         if name in record(model).adapters:
@@ -357,7 +371,7 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
 def _check_numbers(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
     """Raise for indices out of range and numbers that are not finite, by building the edits that the state would make."""
     for site, state in states(model, name).items():
-        p = chain.Tensors({k: saved[f"{site}/{k}"] for k in state.tensors()}, state.shape)
+        p = chain.Tensors({k: saved[f"{site}/{k}"] for k in state.tensors()}, state.shape, operator=state.operator)
         edit = state.method.edit(p)
         try:
             edit.made_of(edit.tensors())
@@ -376,7 +390,14 @@ def export(
     edits = {f"{site}.weight": state.method.edit(state.raw()) for site, state in states(model, name).items()}
     assert attached is not None
     base = store.Base(digest(model), _dtype(model, edits), _source(model))
-    about = {"targets": list(attached.targets), "exclude": list(attached.exclude), "seed": attached.seed}
+    about: dict[str, Any] = {
+        "targets": list(attached.targets),
+        "exclude": list(attached.exclude),
+        "seed": attached.seed,
+    }
+    layouts = {f"{site}.weight": state.operator.layout for site, state in states(model, name).items()}
+    if stored_otherwise := {weight: layout for weight, layout in layouts.items() if layout != PLAIN}:
+        about["layouts"] = stored_otherwise
     return store.Adapter(called or name, edits, base, attached.method.config(), about, note or {})
 
 
@@ -414,20 +435,16 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
     attached = _made(adapter, str(folder))
     method = attached.method
     check_fits(model, adapter, str(folder), None if any_base else digest(model))
-    layers = {
-        weight.removesuffix(".weight"): layer
-        for weight, layer in _linear_weights(model).items()
-        if weight in adapter.edits
-    }
+    names = [n for n in adaptable_layers(model) if f"{n}.weight" in adapter.edits]
     with _base_bits(model):
-        sites = {n: Site(n, layer.weight, layer.bias) for n, layer in layers.items()}
+        sites = {n: site_at(model, n) for n in names}
         made = {}
         for n, site in sites.items():
             edit = adapter.edits[f"{n}.weight"].to(site.weight.device)
             with torch.no_grad():
                 here = method.at(edit, site)
                 made[n] = chain.State(here, site, here.restore(edit, site))
-    _put_on(model, name, attached, layers, made)
+    _put_on(model, name, attached, made)
     return name
 
 
@@ -445,19 +462,23 @@ def _made(adapter: store.Adapter, where: str) -> Attached:
 
 def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest: str | None) -> None:
     """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model."""
-    weights = _linear_weights(model)
+    weights = {f"{name}.weight": operator_of(layer) for name, layer in adaptable_layers(model).items()}
+    layouts = adapter.about.get("layouts", {})
     faults = []
     for name, edit in adapter.edits.items():
-        if name not in weights:
-            faults.append(f"{name}: the model has no such linear weight; {nearest(name, weights)}")
-        elif tuple(weights[name].weight.shape) != tuple(edit.shape):
-            faults.append(
-                f"{name}: the adapter edits {tuple(edit.shape)}, the model has {tuple(weights[name].weight.shape)}"
-            )
+        operator = weights.get(name)
+        if operator is None:
+            faults.append(f"{name}: the model has no such weight that can be adapted; {nearest(name, weights)}")
+        elif isinstance(operator, str):
+            faults.append(f"{name}: {operator}")
+        elif (found := tuple(operator.matrix(model.get_parameter(name)).shape)) != tuple(edit.shape):
+            faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
+        elif (said := layouts.get(name, PLAIN) if isinstance(layouts, Mapping) else "?") != operator.layout:
+            faults.append(f"{name}: the adapter edits a weight stored {said}, the model stores it {operator.layout}")
     if not adapter.edits:
         faults.append("it edits nothing")
     if not faults:
-        faults = unfit(model, {name.removesuffix(".weight"): weights[name] for name in adapter.edits})
+        faults = unfit(model, [name.removesuffix(".weight") for name in adapter.edits])
     if faults:
         more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
         raise IntarsiaError(f"{where} does not fit this model:\n  " + "\n  ".join(faults[:8] + more))
@@ -526,7 +547,9 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise IntarsiaError(f"an adapter cannot be named {name!r}: torch needs that word for itself; pass name=...")
     if name in attached_names(model):
         raise IntarsiaError(f"an adapter named {name!r} is attached already; detach it or pass another name=...")
-    taken = [n for n, m in linear_layers(model).items() if hasattr(m, "adapters") and not isinstance(m, chain.Adapted)]
+    taken = [
+        n for n, m in adaptable_layers(model).items() if hasattr(m, "adapters") and not isinstance(m, chain.Adapted)
+    ]
     if taken:
         raise IntarsiaError(
             f"{taken[0]} has an attribute 'adapters' already; another adapter library holds this model. Unload it first"
@@ -543,10 +566,6 @@ def _only(model: nn.Module) -> str:
         record(model)
         raise IntarsiaError(f"the model has {len(names)} adapters ({', '.join(names)}); say which: name=...")
     return names[0]
-
-
-def _linear_weights(model: nn.Module) -> dict[str, nn.Linear]:
-    return {f"{name}.weight": layer for name, layer in linear_layers(model).items()}
 
 
 def _dtype(model: nn.Module, edits: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Sites: the weights of a model that may be adapted, and how targets name them.
 
-A target is ``"all-linear"`` (every Linear but the output head), a glob on the dotted name (``"*.q_proj"``), a last
-part alone (``"q_proj"``), or a regular expression behind ``re:`` (``"re:layers\\.[0-3]\\..*_proj"``).
+A target is ``"all-linear"`` (every Linear, transformers' Conv1D among them, but the output head), a glob on the dotted
+name (``"*.q_proj"``), a last part alone (``"q_proj"``, ``"embed_tokens"``), or a regular expression behind ``re:``
+(``"re:layers\\.[0-3]\\..*_proj"``). Which layers can be named, and how each sees its weight: :mod:`intarsia.operators`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from intarsia.errors import IntarsiaError, nearest
+from intarsia.operators import ADAPTABLE, LINEAR, Embedding, Linear, Operator, Tied, operator_of
 from intarsia.role import Role
 
 ALL_LINEAR = "all-linear"
@@ -25,15 +29,19 @@ class Site:
 
     Attributes:
         name: dotted name of the module, e.g. ``model.layers.0.self_attn.q_proj``.
-        weight: (out_features O, in_features I), the base's own bits while an adapter is being made.
+        weight: (out_features O, in_features I), a view of the stored weight: the base's own bits while an adapter is made.
         bias: (O,) or None.
         roles: what it is in its attention or MLP block, for methods that ask (``Method.roles_from``).
+        operator: what the layer does with the weight.
+        tied: names of the layers that share the weight and are adapted with it.
     """
 
     name: str
     weight: Tensor
     bias: Tensor | None
     roles: tuple[Role, ...] = ()
+    operator: Operator = LINEAR
+    tied: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,23 +50,32 @@ class Site:
         return rows, columns
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear of the model by dotted name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+def adaptable_layers(model: nn.Module) -> dict[str, Any]:
+    """Every layer of a known kind, by dotted name."""
+    return {name: module for name, module in model.named_modules() if operator_of(module) is not None}
 
 
-def find_sites(
-    model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = ()
-) -> dict[str, nn.Linear]:
-    """The layers that the targets name and the exclusions leave, in the model's order.
+def site_at(model: nn.Module, name: str) -> Site:
+    """The site of a layer that :func:`unfit` has nothing against."""
+    layer: Any = model.get_submodule(name)
+    operator = operator_of(layer)
+    assert isinstance(operator, Operator)
+    bias = getattr(layer, "bias", None)
+    return Site(name, operator.matrix(layer.weight), bias, (), operator, tuple(partners(model, name)))
+
+
+def find_sites(model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = ()) -> dict[str, Site]:
+    """The sites that the targets name and the exclusions leave, in the model's order.
 
     Raises:
         IntarsiaError: for every target or exclusion that matches nothing (all at once, with the nearest names), when
-            nothing is left, or when a weight cannot be adapted (tied, not a plain contiguous matrix).
+            nothing is left, or when a weight cannot be adapted (tied, not a plain contiguous tensor of floats).
     """
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     if not layers:
-        raise IntarsiaError(f"{type(model).__name__} has no Linear layer, so there is nothing to adapt")
+        raise IntarsiaError(
+            f"{type(model).__name__} has no layer that can be adapted, so there is nothing to do; these can be: {ADAPTABLE}"
+        )
     wanted, faults = _matches(model, layers, _as_list(targets), "target")
     unwanted, more = _matches(model, layers, _as_list(exclude), "exclude")
     faults += more
@@ -66,12 +83,14 @@ def find_sites(
         faults.append(f"no targets were given; try {ALL_LINEAR!r}")
     if not faults and not wanted - unwanted:
         faults.append(f"the exclusions leave none of the {len(wanted)} targeted layers")
-    chosen = {name: layer for name, layer in layers.items() if name in wanted and name not in unwanted}
+    chosen = [name for name in layers if name in wanted and name not in unwanted]
     if not faults:
+        with_another = {name for other in chosen for name in partners(model, other)}
+        chosen = [name for name in chosen if name not in with_another]
         faults = unfit(model, chosen)
     if faults:
         raise IntarsiaError("\n".join(faults))
-    return chosen
+    return {name: site_at(model, name) for name in chosen}
 
 
 def _as_list(patterns: str | Iterable[str]) -> Sequence[str]:
@@ -79,14 +98,17 @@ def _as_list(patterns: str | Iterable[str]) -> Sequence[str]:
 
 
 def _matches(
-    model: nn.Module, layers: dict[str, nn.Linear], patterns: Sequence[str], kind: str
+    model: nn.Module, layers: Mapping[str, nn.Module], patterns: Sequence[str], kind: str
 ) -> tuple[set[str], list[str]]:
     found: set[str] = set()
     faults = []
     for pattern in patterns:
         if pattern == ALL_LINEAR:
             head = _output_head(model)
-            found |= {name for name, layer in layers.items() if layer is not head}
+            linear = {n for n, layer in layers.items() if layer is not head and isinstance(operator_of(layer), Linear)}
+            if not linear:
+                faults.append(f"{kind} {pattern!r} matches nothing: the model has no Linear; {_there_are(layers)}")
+            found |= linear
             continue
         try:
             hits = {name for name in layers if _match(name, pattern)}
@@ -105,18 +127,23 @@ def _match(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _no_match(model: nn.Module, layers: dict[str, nn.Linear], pattern: str, kind: str) -> str:
+def _no_match(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str, kind: str) -> str:
     other = next((n for n, m in model.named_modules() if n and _match(n, pattern) and not any(m.children())), None)
     if other is not None:
         what = type(model.get_submodule(other)).__name__
-        return f"{kind} {pattern!r} matches {other}, a {what}; only Linear layers can be adapted"
+        return f"{kind} {pattern!r} matches {other}, a {what}; these can be adapted: {ADAPTABLE}"
     # Names differ in their last part far more usefully than in the layer number in front of it.
-    parts = {name.rpartition(".")[2]: name for name in reversed(layers)}
+    parts = {name.rpartition(".")[2]: name for name in reversed(list(layers))}
     last = pattern.rpartition(".")[2].lstrip("*")
     near = nearest(last, parts)
     for part in re.findall(r"'([^']+)'", near):
         near = near.replace(f"'{part}'", f"'{part}' ({parts[part]})") if part in parts else near
-    return f"{kind} {pattern!r} matches none of the {len(layers)} linear layers; {near}"
+    return f"{kind} {pattern!r} matches none of the {len(layers)} layers that can be adapted; {near}"
+
+
+def _there_are(layers: Mapping[str, nn.Module]) -> str:
+    kinds = {type(layer).__name__: name for name, layer in reversed(list(layers.items()))}
+    return "name others, such as " + ", ".join(f"{name!r} (a {kind})" for kind, name in kinds.items())
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -124,35 +151,89 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return get() if callable(get) else None
 
 
-def unfit(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> list[str]:
+def partners(model: nn.Module, name: str) -> dict[str, Operator]:
+    """The layers that share an embedding's weight, and what each does with the embedding's matrix; none: not shared so."""
+    layer: Any = model.get_submodule(name)
+    if not isinstance(layer, nn.Embedding):
+        return {}
+    found: dict[str, Operator] = {}
+    for other, module in model.named_modules():
+        if module is layer or getattr(module, "weight", None) is not layer.weight:
+            continue
+        operator = operator_of(module)
+        if isinstance(operator, Embedding):
+            found[other] = operator
+        elif type(operator) is Linear:
+            found[other] = Tied()
+    return found
+
+
+def unfit(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     """Why layers cannot be adapted, or their weights set into: one line a layer, by dotted name."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     faults = []
-    for name, layer in chosen.items():
+    for name in chosen:
+        layer: Any = model.get_submodule(name)
         tied = [n for n in owners.get(id(layer.weight), []) if n != f"{name}.weight"]
-        if not name:
-            faults.append(
-                "the model is a single Linear; put it into a module, such as nn.Sequential, so that it has a name"
-            )
-        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            faults.append(f"{name}: nn.MultiheadAttention reads its weight without calling it; exclude {name!r}")
-        elif "forward" in vars(layer):
-            faults.append(
-                f"{name}: something replaced its forward (a device hook of accelerate?), so an adapter would not be called; "
-                "load the model without device_map, or remove the hooks first"
-            )
-        elif tied:
-            faults.append(
-                f"{name}: its weight is tied to {', '.join(tied)}, which would change with it; exclude {name!r}"
-            )
-        elif layer.weight.ndim != 2 or not layer.weight.is_floating_point():
-            faults.append(
-                f"{name}: weight {tuple(layer.weight.shape)} of {layer.weight.dtype} is not a plain matrix of floats"
-            )
-        elif layer.weight.is_meta:
-            faults.append(f"{name}: the weight is on the meta device; load the base before attaching an adapter")
-        elif not layer.weight.is_contiguous():
-            faults.append(f"{name}: the weight is not contiguous in memory; store a .contiguous() copy first")
+        fault = _unfit(model, name, layer, tied)
+        if fault is not None:
+            faults.append(fault)
+            continue
+        for other in partners(model, name):
+            fault = _unfit(model, other, model.get_submodule(other), [])
+            if fault is not None:
+                faults.append(f"{name}: its weight is tied to {other}.weight, and {fault}")
     return faults
+
+
+def _unfit(model: nn.Module, name: str, layer: Any, tied: Sequence[str]) -> str | None:
+    operator = operator_of(layer)
+    alone = [n for n in tied if n.removesuffix(".weight") not in partners(model, name)]
+    if not name:
+        what = type(layer).__name__
+        return f"the model is a single {what}; put it into a module, such as nn.Sequential, so that it has a name"
+    if isinstance(operator, str):
+        return f"{name}: {operator}"
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return f"{name}: nn.MultiheadAttention reads its weight without calling it; exclude {name!r}"
+    if "forward" in vars(layer):
+        return (
+            f"{name}: something replaced its forward (a device hook of accelerate?), so an adapter would not be called; "
+            "load the model without device_map, or remove the hooks first"
+        )
+    if alone:
+        leader = next((n for n in tied if name in partners(model, n.rpartition(".")[0])), None)
+        if leader is not None:
+            return f"{name}: its weight is tied to {leader}; name {leader.rpartition('.')[0]!r} instead, and both are adapted as one"
+        return f"{name}: its weight is tied to {', '.join(alone)}, which would change with it; exclude {name!r}"
+    if layer.weight.ndim < 2 or not layer.weight.is_floating_point():
+        return f"{name}: weight {tuple(layer.weight.shape)} of {layer.weight.dtype} is not a plain matrix of floats"
+    if layer.weight.is_meta:
+        return f"{name}: the weight is on the meta device; load the base before attaching an adapter"
+    if not layer.weight.is_contiguous():
+        return f"{name}: the weight is not contiguous in memory; store a .contiguous() copy first"
+    return _computes_otherwise(name, layer, operator) if isinstance(operator, Operator) else None
+
+
+KNOWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _computes_otherwise(name: str, layer: Any, operator: Operator) -> str | None:
+    """Try a forward of somebody's own on a few numbers: what is trained is the operator's product with other weights, and
+    a layer that scales its output, say, would train something else than what is set in afterwards."""
+    cls = type(layer)
+    if hasattr(cls, "base_forward") or any(cls.forward is known.forward for known in KNOWN):
+        return None
+    x = operator.some_input(layer.weight)
+    with torch.no_grad():
+        expected = operator.product(x, operator.matrix(layer.weight), getattr(layer, "bias", None))
+        try:
+            found = cls.forward(layer, x)
+            same = found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
+        except Exception as error:
+            return f"{name}: the forward of {cls.__name__} cannot be tried ({type(error).__name__}: {error}); exclude {name!r}"
+    if not same:
+        return f"{name}: the forward of {cls.__name__} is not that of its base class, so an adapter would not do what its edit says; exclude {name!r}"
+    return None

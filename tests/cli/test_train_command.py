@@ -80,7 +80,7 @@ def test_bad_rows_stop_it_unless_told_otherwise(intarsia, config, world, tmp_pat
         (["method=shria"], "unknown method 'shria'; did you mean 'shira'?"),
         (["method.densty=0.1"], "shira has no field 'densty'; did you mean 'density'?"),
         (["method.density=0"], "density=0.0 must be in (0, 1]"),
-        (["targets=q_prj"], "matches none of the 15 linear layers"),
+        (["targets=q_prj"], "matches none of the 16 layers that can be adapted"),
         (["steps"], "expected KEY=VALUE"),
     ],
 )

@@ -18,6 +18,8 @@ from intarsia import model as attached
 from intarsia import store
 from intarsia.edits import Edit, Placement, place
 from intarsia.errors import IntarsiaError, nearest
+from intarsia.operators import Operator, operator_of
+from intarsia.site import adaptable_layers
 
 
 class Deck:
@@ -40,7 +42,8 @@ class Deck:
         self.base_digest = attached.digest(model)
         self.last_switch_seconds = 0.0
         self._adapters: dict[str, store.Adapter] = {}
-        self._weights: dict[str, Tensor] = dict(model.named_parameters())
+        self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self._operators = {f"{name}.weight": operator_of(layer) for name, layer in adaptable_layers(model).items()}
         self._active: dict[str, float] = {}
         self._kept: dict[str, Placement] = {}  # the base's bits under what is set in
         self._lock = threading.RLock()
@@ -159,9 +162,15 @@ class Deck:
             finally:
                 self.last_switch_seconds = time.perf_counter() - start
 
+    def _matrix(self, name: str) -> Tensor:
+        """The weight as its edits see it, (O, I). A view, made anew because moving a model gives its weights new memory."""
+        operator = self._operators[name]
+        assert isinstance(operator, Operator)  # add() has taken no other
+        return operator.matrix(self._weights[name].detach())
+
     def _take_out(self) -> None:
         for name, bits in self._kept.items():
-            bits.write(self._weights[name])
+            bits.write(self._matrix(name))
         # Only when all are back: an exception in between leaves every kept bit for the next attempt.
         self._kept, self._active = {}, {}
         attached.occupy(self.model, None, self)
@@ -171,11 +180,11 @@ class Deck:
         for name, weight in weights.items():
             for target, edit in self._adapters[name].edits.items():
                 terms.setdefault(target, []).append((weight, edit))
-        placements = {target: place(target, self._weights[target], parts) for target, parts in terms.items()}
+        placements = {target: place(target, self._matrix(target), parts) for target, parts in terms.items()}
         if placements:
             attached.occupy(self.model, " + ".join(weights), self)
         for target, placement in placements.items():
-            weight_tensor = self._weights[target]
-            self._kept[target] = placement.read(weight_tensor)
-            placement.write(weight_tensor)
+            matrix = self._matrix(target)
+            self._kept[target] = placement.read(matrix)
+            placement.write(matrix)
         self._active = dict(weights)

@@ -348,7 +348,7 @@ class _Demo:
 
 def _budget(base: Pretrained) -> dict[str, dict[str, Any]]:
     """Fields that give every method as many trained values as LoRA of LORA_RANK has on this model."""
-    shapes = [tuple(layer.weight.shape) for layer in find_sites(base.model, (ALL_LINEAR,), ()).values()]
+    shapes = [site.shape for site in find_sites(base.model, (ALL_LINEAR,), ()).values()]
     count = sum(LORA_RANK * (rows + columns) for rows, columns in shapes)
     return {
         "lora": {"rank": LORA_RANK},

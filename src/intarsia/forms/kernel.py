@@ -7,7 +7,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -103,7 +102,7 @@ class Kernel(Delta):
         return checkpoint(self._product, p, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
     def _product(self, p: Any, x: Tensor) -> Tensor:
-        return F.linear(x, self.delta(p).to(x.dtype))
+        return p.operator.product(x, self.delta(p).to(p.dtype))  # type: ignore[no-any-return]
 
     def fold(self, p: Any, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(p).to(W.dtype), b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,15 @@ from intarsia.edits import Edit, Rescaled, row_norms
 from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
 from intarsia.method import Below, Method, Start
+from intarsia.operators import KINDS
 from intarsia.site import Site
 
 
 class Rescale(Method):
     """State: that of the inner method, and ``magnitude`` (O,), the row norms of W at the start, so that W' = W."""
+
+    # Not where the weight is used both ways round: the rows of the one use are no rows of the other.
+    kinds = frozenset(KINDS) - {"tied"}
 
     @abstractmethod
     def inside(self) -> Delta:
@@ -53,12 +58,13 @@ class Rescale(Method):
 
     def forward(self, p: Any, x: Tensor, below: Below) -> Tensor:
         # y = m/c (x V^T) + b without building m/c V: the base's own product, the branch, and the ratio by rows.
-        W, b = below.weights(torch.promote_types(x.dtype, torch.float32))
+        W, b = below.weights(torch.promote_types(p.dtype, torch.float32))
         y = below(x)
         ratio = self._ratio(p, W)
-        product = y if b is None else y - b.to(y.dtype)
+        spread: Callable[[Tensor], Tensor] = p.operator.spread
+        product = y if b is None else y - spread(b.to(y.dtype))
         # The difference from 1 before rounding to y's dtype: in bfloat16 there is nothing between 1 and 1.0078.
-        return y + (ratio - 1).to(y.dtype) * product + ratio.to(y.dtype) * self.inside().branch(p, x)
+        return y + spread((ratio - 1).to(y.dtype)) * product + spread(ratio.to(y.dtype)) * self.inside().branch(p, x)
 
     def fold(self, p: Any, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self._ratio(p, W)[:, None] * (W + self.inside().delta(p).to(W.dtype)), b

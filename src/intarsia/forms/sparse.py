@@ -17,7 +17,6 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +25,7 @@ from intarsia.edits import Sparse as SparseEdit
 from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
 from intarsia.method import Start
+from intarsia.operators import Operator
 from intarsia.site import Site
 from intarsia.support import Granularity, Plan, Shape
 
@@ -98,16 +98,16 @@ class Sparse(Delta):
 
     def branch(self, p: Any, x: Tensor) -> Tensor:
         x = x.to(_autocast_dtype(x) or x.dtype)
-        change = self.change(p).to(x.dtype)
-        return _Branch.apply(x, change, p.index, self.granularity_at(p.shape), p.shape, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
+        change = self.change(p).to(x.dtype if x.is_floating_point() else p.dtype)
+        return _Branch.apply(x, change, p.index, p.operator, self.granularity_at(p.shape), p.shape, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
 
     def live(self, p: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        """Forward with a weight that holds the values already. (..., I) -> (..., O)."""
+        """Forward with a weight that holds the values already. W (O, I), (..., I) -> (..., O)."""
         cast = _autocast_dtype(x)
         if cast is not None:
             x, b = x.to(cast), None if b is None else b.to(cast)
         unit, scale = self.granularity_at(p.shape), self.scale_at(p.shape)
-        return _Live.apply(x, W, b, p.values, p.index, unit, p.shape, scale, cast is not None, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
+        return _Live.apply(x, W, b, p.values, p.index, p.operator, unit, p.shape, scale, cast is not None, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
 
     def edit(self, p: Any) -> Edit:
         return SparseEdit(
@@ -140,7 +140,7 @@ TARGET = 19.0  # 8 for 1 % of a 576 x 576 weight, where Adam's best rate is then
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast computes on x's device, or None outside of it."""
-    if x.dtype == torch.float64:  # which autocast leaves alone
+    if x.dtype == torch.float64 or not x.is_floating_point():  # which autocast leaves alone
         return None
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -169,7 +169,7 @@ def _values(delta: Tensor, scale: float, start: Tensor | None = None) -> Tensor:
 
 
 class _Live(torch.autograd.Function):
-    """y = x W^T + b where W holds the values. Keeps what the support needs of x, a reference to W, and nothing else."""
+    """The layer's product with a W that holds the values. Keeps what the support needs of x, a reference to W, no more."""
 
     @staticmethod
     def forward(
@@ -179,44 +179,58 @@ class _Live(torch.autograd.Function):
         b: Tensor | None,
         values: Tensor,
         index: Tensor,
+        operator: Operator,
         granularity: Granularity,
         shape: Shape,
         scale: float,
         cast: bool,
         *plan: Tensor,
     ) -> Tensor:
-        kept = granularity.keep(x, index, plan) if ctx.needs_input_grad[3] else None
+        kept = operator.keep(x, granularity, index, plan) if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(kept, W, index, *plan)
-        ctx.granularity, ctx.shape, ctx.scale, ctx.dtype = granularity, shape, scale, values.dtype
-        return F.linear(x, W.to(x.dtype) if cast else W, b)
+        ctx.operator, ctx.granularity, ctx.shape = operator, granularity, shape
+        ctx.x_shape, ctx.scale, ctx.dtype = x.shape, scale, values.dtype
+        return operator.product(x, W.to(x.dtype) if cast else W, b)
 
     @staticmethod
     @once_differentiable  # what is kept has no graph, so a second derivative would be wrong without a word
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         kept, W, index, *plan = ctx.saved_tensors
-        gx = gy @ W.to(gy.dtype) if ctx.needs_input_grad[0] else None
+        gx = ctx.operator.input_gradient(gy, W.to(gy.dtype), ctx.x_shape) if ctx.needs_input_grad[0] else None
         gv = None
         if ctx.needs_input_grad[3]:
-            gv = ctx.granularity.gradient(gy, kept, index, plan, ctx.shape).to(ctx.dtype) * ctx.scale
-        gb = gy.reshape(-1, gy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return gx, None, gb, gv, None, None, None, None, None, *(None for _ in plan)
+            gv = ctx.operator.support_gradient(gy, kept, ctx.granularity, index, plan, ctx.shape)
+            gv = gv.to(ctx.dtype) * ctx.scale
+        gb = ctx.operator.bias_gradient(gy) if ctx.needs_input_grad[2] else None
+        return gx, None, gb, gv, *(None for _ in range(6 + len(plan)))
 
 
 class _Branch(torch.autograd.Function):
-    """y = x S^T, S = scatter(change). S is built again in backward instead of being kept."""
+    """The layer's product with S = scatter(change). S is built again in backward instead of being kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, change: Tensor, index: Tensor, granularity: Granularity, shape: Shape, *plan: Tensor
+        ctx: Any,
+        x: Tensor,
+        change: Tensor,
+        index: Tensor,
+        operator: Operator,
+        granularity: Granularity,
+        shape: Shape,
+        *plan: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(granularity.keep(x, index, plan), change, index, *plan)
-        ctx.granularity, ctx.shape = granularity, shape
-        return F.linear(x, granularity.scatter(shape, index, change))
+        ctx.save_for_backward(operator.keep(x, granularity, index, plan), change, index, *plan)
+        ctx.operator, ctx.granularity, ctx.shape, ctx.x_shape = operator, granularity, shape, x.shape
+        return operator.product(x, granularity.scatter(shape, index, change))
 
     @staticmethod
     @once_differentiable  # what is kept has no graph, so a second derivative would be wrong without a word
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         kept, change, index, *plan = ctx.saved_tensors
-        gx = gy @ ctx.granularity.scatter(ctx.shape, index, change) if ctx.needs_input_grad[0] else None
-        gv = ctx.granularity.gradient(gy, kept, index, plan, ctx.shape) if ctx.needs_input_grad[1] else None
-        return gx, gv, None, None, None, *(None for _ in plan)
+        gx = gv = None
+        if ctx.needs_input_grad[0]:
+            delta = ctx.granularity.scatter(ctx.shape, index, change)
+            gx = ctx.operator.input_gradient(gy, delta, ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            gv = ctx.operator.support_gradient(gy, kept, ctx.granularity, index, plan, ctx.shape).to(change.dtype)
+        return gx, gv, *(None for _ in range(4 + len(plan)))

@@ -61,7 +61,7 @@ class Lora(Delta):
         return self.scale * (p.B @ p.A)
 
     def branch(self, p, x):
-        return self.scale * (x @ p.A.mT @ p.B.mT)
+        return self.scale * p.operator.low_rank(x, p.B, p.A)
 
     def edit(self, p):
         return LowRank(p.shape, p.B.detach().clone(), p.A.detach().clone(), self.scale)

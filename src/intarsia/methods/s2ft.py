@@ -48,7 +48,7 @@ class S2ft(Coupled):
 
     name, title, paper = "s2ft", "S2FT", "arXiv:2412.06289"
     formula, trained = "W'[:, S] = W[:, S] + s * values", "heads * head_dim * O, channels * O"
-    default_lr = 4e-3
+    default_lr, kinds = 4e-3, frozenset({"linear"})
     small = tuple({"layout": "up > down; again", "o": 0.0, "down": 0.25, "up": 0.2} | more for more in (
         {"scope": "block"}, {"scope": "block", "select": "weight", "layout": "up > down / 8; again", "v": 0.4, "o": 0.7},
         {"select": "gradient", "take": "small"}, {"scope": "block", "select": "product"}))  # fmt: skip

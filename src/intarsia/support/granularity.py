@@ -71,12 +71,13 @@ class Granularity(ABC):
     def gather(self, W: Tensor, index: Tensor) -> Tensor:
         """The entries of the support, a copy. (O, I) -> values' shape."""
         positions = self.flat(_shape(W), index)
-        return W.reshape(-1).index_select(0, positions.reshape(-1)).view(positions.shape)
+        memory, places = _in_memory(W, positions.reshape(-1))
+        return memory.index_select(0, places).view(positions.shape)
 
     def put(self, W: Tensor, index: Tensor, values: Tensor) -> None:
         """Write the entries of the support into W, in place."""
-        # scatter_ on a bf16 CPU tensor is 20-40 times slower
-        W.view(-1).index_copy_(0, self.flat(_shape(W), index).reshape(-1), values.reshape(-1))
+        memory, places = _in_memory(W, self.flat(_shape(W), index).reshape(-1))
+        memory.index_copy_(0, places, values.reshape(-1))  # scatter_ on a bf16 CPU tensor is 20-40 times slower
 
     def scatter(self, shape: Shape, index: Tensor, values: Tensor) -> Tensor:
         """The values in a weight of zeros. -> (O, I), differentiable in the values."""
@@ -163,12 +164,12 @@ class Line(Wide):
         return _norms(scores[:, : blocks * self.width].reshape(-1, self.width), 1)
 
     def gather(self, W: Tensor, index: Tensor) -> Tensor:
-        if W.shape[1] % self.width:
+        if W.shape[1] % self.width or not W.is_contiguous():
             return super().gather(W, index)
         return W.reshape(-1, self.width).index_select(0, index)
 
     def put(self, W: Tensor, index: Tensor, values: Tensor) -> None:
-        if W.shape[1] % self.width:
+        if W.shape[1] % self.width or not W.is_contiguous():
             super().put(W, index, values)
         else:
             W.view(-1, self.width).index_copy_(0, index, values)
@@ -380,6 +381,14 @@ def file_index_dtype(shape: Sequence[int]) -> torch.dtype:
 
 def _shape(W: Tensor) -> Shape:
     return W.shape[0], W.shape[1]
+
+
+def _in_memory(W: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight's memory as one row, and where its flat positions lie there: elsewhere where it is stored as (I, O)."""
+    if not W.is_contiguous() and W.mT.is_contiguous():
+        rows, columns = W.shape
+        return W.mT.view(-1), (positions % columns) * rows + positions // columns
+    return W.view(-1), positions
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -1,0 +1,308 @@
+"""Operators: what a kind of layer does with its weight, seen as one matrix W (O, I).
+
+Methods, forms and edits know only the matrix. All that differs between a Linear, a convolution and an embedding is here,
+a few functions a kind, so that nothing else asks what kind a layer is:
+
+    | kind        | layers                      | weight as stored | W                    | y                           |
+    |-------------|-----------------------------|------------------|----------------------|-----------------------------|
+    | linear      | nn.Linear                   | (O, I)           | as stored            | x W^T + b                   |
+    | linear      | transformers' Conv1D        | (I, O)           | transposed           | x W^T + b                   |
+    | convolution | nn.Conv1d, Conv2d, Conv3d   | (O, C/g, k...)   | flattened behind O   | x * W + b; I = C/g k...     |
+    | embedding   | nn.Embedding                | (I tokens, O)    | transposed           | one-hot(x) W^T              |
+    | tied        | a Linear head that shares   | (I tokens, O)    | transposed           | x W + b: the embedding's W  |
+    |             | an embedding's weight       |                  |                      | the other way round         |
+
+The matrix is a view: writing into it writes the stored weight.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from intarsia.support import Granularity, Plan
+
+PLAIN = "out-in"  # the layout of most weights; a file names only others
+KINDS = ("linear", "convolution", "embedding", "tied")
+ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, and transformers' Conv1D"
+
+
+@dataclass(frozen=True)
+class Operator(ABC):
+    """One way to compute y from x with a matrix. ``transposed``: the weight is stored as (I, O)."""
+
+    kind: ClassVar[str]
+    transposed: bool = False
+
+    @property
+    def layout(self) -> str:
+        """How the matrix lies in the stored weight, as a file says it: ``out-in`` or ``in-out``."""
+        return "in-out" if self.transposed else PLAIN
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight, or a gradient of its shape, as (O, I). A view."""
+        flat = weight.flatten(1)
+        return flat.mT if self.transposed else flat
+
+    def spread(self, v: Tensor) -> Tensor:
+        """One number for each output, shaped to multiply y. (O,) -> (O, 1...)."""
+        return v
+
+    def keep(self, x: Tensor, granularity: Granularity, index: Tensor, plan: Plan) -> Tensor:
+        """What :meth:`support_gradient` needs of the input."""
+        return granularity.keep(x, index, plan)
+
+    def some_input(self, weight: Tensor) -> Tensor:
+        """Two small inputs to try a layer with, the same every time."""
+        numbers = torch.linspace(-1, 1, 2 * self.matrix(weight).shape[1], device=weight.device)
+        return numbers.view(2, -1).to(weight.dtype)
+
+    @abstractmethod
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        """The layer's forward with this matrix: for the base's own, the same bits as the layer itself."""
+
+    @abstractmethod
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        """``product(x, B A)`` without building B A. B (O, r), A (r, I)."""
+
+    @abstractmethod
+    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> Tensor | None:
+        """dL/dx, x of this shape; None where x are token numbers."""
+
+    @abstractmethod
+    def bias_gradient(self, gy: Tensor) -> Tensor:
+        """dL/db. -> (O,)."""
+
+    @abstractmethod
+    def support_gradient(
+        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
+    ) -> Tensor:
+        """dL/dW on the support alone, in the shape of its values. ``shape`` is (O, I)."""
+
+
+@dataclass(frozen=True)
+class Linear(Operator):
+    """y = x W^T + b on the last axis. x (..., I), y (..., O)."""
+
+    kind = "linear"
+
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.linear(x, W, b)
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return x @ A.mT @ B.mT
+
+    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> Tensor:
+        return gy @ W
+
+    def bias_gradient(self, gy: Tensor) -> Tensor:
+        return gy.reshape(-1, gy.shape[-1]).sum(0)
+
+    def support_gradient(
+        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
+    ) -> Tensor:
+        return granularity.gradient(gy, kept, index, plan, shape)
+
+
+LINEAR = Linear()
+
+
+@dataclass(frozen=True)
+class Tied(Linear):
+    """An output head on an embedding's weight. The matrix is the embedding's, so y = x W + b. x (..., O), y (..., I)."""
+
+    kind = "tied"
+    transposed: bool = True
+
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.linear(x, W.mT, b)
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return x @ B @ A
+
+    def keep(self, x: Tensor, granularity: Granularity, index: Tensor, plan: Plan) -> Tensor:
+        return x  # all of it: the support's columns are outputs here
+
+    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> Tensor:
+        return gy @ W.mT
+
+    def support_gradient(
+        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
+    ) -> Tensor:
+        # dW = x^T gy: input and output gradient have changed places.
+        return granularity.gradient(kept, granularity.keep(gy, index, plan), index, plan, shape)
+
+
+@dataclass(frozen=True)
+class Embedding(Operator):
+    """y = W[:, x], one column of W for each token number. x (...) of integers, y (..., O)."""
+
+    kind = "embedding"
+    transposed: bool = True
+    padding: int | None = None  # this token gets no gradient, as nn.Embedding has it
+
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return F.embedding(x, W.mT, self.padding)
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return F.embedding(x, A.mT, self.padding) @ B.mT
+
+    def some_input(self, weight: Tensor) -> Tensor:
+        return torch.arange(min(2, len(weight)), device=weight.device)
+
+    def keep(self, x: Tensor, granularity: Granularity, index: Tensor, plan: Plan) -> Tensor:
+        return x
+
+    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> None:
+        return None
+
+    def bias_gradient(self, gy: Tensor) -> Tensor:
+        raise AssertionError("an embedding has no bias")
+
+    def support_gradient(
+        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
+    ) -> Tensor:
+        outputs, tokens = shape
+        if self.padding is not None:
+            gy = gy.masked_fill((kept == self.padding).unsqueeze(-1), 0)
+        wanted = granularity.keep(
+            torch.arange(tokens, device=kept.device), index, plan
+        )  # the tokens that the support reads
+        if wanted.numel() < tokens and kept.numel() * wanted.numel() <= outputs * tokens:
+            one_hot = kept.reshape(*kept.shape, *(1,) * wanted.ndim) == wanted
+            return granularity.gradient(gy, one_hot.to(gy.dtype), index, plan, shape)
+        # The dense gradient of this one layer, transient, in float32: a token may occur thousands of times.
+        wide = torch.promote_types(gy.dtype, torch.float32)
+        dense = torch.zeros(tokens, outputs, dtype=wide, device=gy.device)
+        dense.index_add_(0, kept.reshape(-1), gy.reshape(-1, outputs).to(wide))
+        return granularity.gather(dense.mT, index)
+
+
+@dataclass(frozen=True)
+class Convolution(Operator):
+    """y = x * W + b. x (batch, C, size...) or (C, size...), y (batch, O, size...); W (O, C/groups * kernel)."""
+
+    kind = "convolution"
+    kernel: tuple[int, ...] = (1,)
+    stride: tuple[int, ...] = (1,)
+    padding: tuple[int, ...] = (0,)
+    dilation: tuple[int, ...] = (1,)
+    groups: int = 1
+
+    def spread(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *(1,) * len(self.kernel))
+
+    def some_input(self, weight: Tensor) -> Tensor:
+        sizes = [d * (k - 1) + 2 for d, k in zip(self.dilation, self.kernel, strict=True)]
+        count = weight.shape[1] * self.groups * math.prod(sizes)
+        return torch.linspace(-1, 1, count, device=weight.device).view(1, -1, *sizes).to(weight.dtype)
+
+    def keep(self, x: Tensor, granularity: Granularity, index: Tensor, plan: Plan) -> Tensor:
+        return x  # unfolded, the support's part alone would often be larger
+
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        return self._call(x, self._kernels(W), b, self.stride, self.padding, self.dilation, self.groups)
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        # Every group goes through all of A, then through its own rows of B: a convolution with kernels of one entry.
+        inner = self.product(x, A.repeat(self.groups, 1))
+        return self._call(inner, B.reshape(*B.shape, *(1,) * len(self.kernel)), None, 1, 0, 1, self.groups)
+
+    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> Tensor:
+        like = gy.new_empty(1).expand(tuple(shape))  # only its shape is read
+        return self._backward(gy, like, W, (True, False))[0]
+
+    def bias_gradient(self, gy: Tensor) -> Tensor:
+        n = len(self.kernel)
+        return gy.movedim(-n - 1, -1).reshape(-1, gy.shape[-n - 1]).sum(0)
+
+    def support_gradient(
+        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
+    ) -> Tensor:
+        # The dense gradient of this one layer, transient: beside what a convolution keeps, its weight is small.
+        dense = self._backward(gy, kept, gy.new_empty(1).expand(shape), (False, True))[1]
+        return granularity.gather(dense.flatten(1), index)
+
+    def _kernels(self, W: Tensor) -> Tensor:
+        return W.reshape(W.shape[0], -1, *self.kernel)
+
+    def _call(self, *given: Any) -> Tensor:
+        # Not torch.convolution, which autocast does not know.
+        return (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1](*given)
+
+    def _backward(self, gy: Tensor, x: Tensor, W: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+        single = x.ndim == len(self.kernel) + 1
+        gx, gW, _ = torch.ops.aten.convolution_backward(
+            gy.unsqueeze(0) if single else gy,
+            x.unsqueeze(0) if single else x,
+            self._kernels(W),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            (0,) * len(self.kernel),
+            self.groups,
+            (*wanted, False),
+        )
+        return gx.squeeze(0) if single and gx is not None else gx, gW
+
+
+@dataclass(frozen=True)
+class _Addmm(Linear):
+    """transformers' Conv1D: a Linear stored as (I, O), computed by the call that it makes itself, so that no bit differs."""
+
+    transposed: bool = True
+
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        if b is None:
+            return F.linear(x, W)
+        return torch.addmm(b, x.reshape(-1, x.shape[-1]), W.mT).view(*x.shape[:-1], W.shape[0])
+
+
+# ------------------------------------------------------------------ which layer is what
+def operator_of(layer: nn.Module) -> Operator | str | None:
+    """What the layer does with its weight; a text: why it cannot be adapted; None: no kind of layer that is known."""
+    if isinstance(layer, nn.Linear):
+        return LINEAR
+    if isinstance(layer, nn.Embedding):
+        return _embedding(layer)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _convolution(layer)
+    if any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(layer).__mro__):
+        return _Addmm()
+    return None
+
+
+def _embedding(layer: nn.Embedding) -> Operator | str:
+    if layer.max_norm is not None:
+        return "with max_norm its forward rewrites the weight; set max_norm=None first"
+    if layer.scale_grad_by_freq:
+        return "scale_grad_by_freq=True is not computed here; set it to False first"
+    return Embedding(padding=layer.padding_idx)
+
+
+def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Operator | str:
+    if layer.padding_mode != "zeros":
+        return f"padding_mode={layer.padding_mode!r} is not computed here, only 'zeros'; exclude it"
+    padding = layer.padding
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        if padding == "same" and any(n % 2 for n in total):
+            return "padding='same' with an even kernel pads the two sides differently, which is not computed here; exclude it"
+        padding = tuple(n // 2 if padding == "same" else 0 for n in total)
+    return Convolution(
+        kernel=tuple(layer.kernel_size),
+        stride=tuple(layer.stride),
+        padding=tuple(padding),
+        dilation=tuple(layer.dilation),
+        groups=layer.groups,
+    )
