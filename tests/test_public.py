@@ -31,7 +31,7 @@ SIGNATURES = {
     "load": "model, folder, name, any_base",
     "read": "folder",
     "digest": "model",
-    "Shira": "density, scorer, granularity, width, scale, offset",
+    "Shira": "density, scorer, granularity, width, scale, offset, budget",
     "Paca": "rank, alpha, select, parameterization",
     "Lora": "rank, alpha, scaling",
     "Dora": "inner, detach_norm",

@@ -164,12 +164,21 @@ class Mapped:
 
     def add(self, name: str, tensor: Tensor) -> Tensor:
         """Add to what stands under the name, zero at first. -> the sum, on the CPU."""
+        return self._place(name, tensor).add_(tensor.to("cpu"))
+
+    def set(self, name: str, tensor: Tensor) -> None:
+        """Keep a copy under the name."""
+        self._place(name, tensor).copy_(tensor)
+
+    def _place(self, name: str, like: Tensor) -> Tensor:
+        if not like.numel():  # nothing can be mapped of no length
+            self.tensors[name] = torch.empty_like(like, device="cpu")
         if name not in self.tensors:
             self.folder = self.folder or tempfile.TemporaryDirectory(prefix="intarsia-")
             file = os.path.join(self.folder.name, f"{len(self.tensors)}.bin")
-            total = torch.from_file(file, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-            self.tensors[name] = total.view(tensor.shape)
-        return self.tensors[name].add_(tensor.to("cpu"))
+            total = torch.from_file(file, shared=True, size=like.numel(), dtype=like.dtype)
+            self.tensors[name] = total.view(like.shape)
+        return self.tensors[name]
 
 
 class _Inputs:

@@ -47,8 +47,6 @@ class Start:
         fisher: (O, I), the squares of the batches' gradients, summed.
         inputs: (I,), the norm of each input of the layer over all tokens of the calibration data.
         movement: (O, I), how far a first, dense training moved the weight.
-        count: how many units this site gets, where that is decided for the whole model.
-        scores: (units,), those that the count was decided by.
         index: the support itself, where it is known already.
 
     The four in the middle are there when :meth:`Method.needs` names them.
@@ -59,8 +57,6 @@ class Start:
     fisher: Tensor | None = None
     inputs: Tensor | None = None
     movement: Tensor | None = None
-    count: int | None = None
-    scores: Tensor | None = None
     index: Tensor | None = None
 
     @classmethod
@@ -155,7 +151,7 @@ class Method(ABC):
         return False
 
     def survey(self, site: Site, start: Start) -> Tensor:
-        """What :meth:`settle` has to know of one site, in few numbers."""
+        """What :meth:`settle` has to know of one site: one row of numbers. They lie in files mapped into memory."""
         raise NotImplementedError
 
     def settle(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain, families, registry, store
-from intarsia.calibrate import Loss, Progress, gather
+from intarsia.calibrate import Loss, Mapped, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.operators import PLAIN, operator_of
@@ -144,7 +144,6 @@ def _start(
     progress: Progress | None,
 ) -> dict[str, chain.State]:
     states: dict[str, chain.State] = {}
-    surveys: dict[str, Tensor] = {}
 
     def make(name: str, here: Method, found: Mapping[str, Any]) -> None:
         site = sites[name]
@@ -157,19 +156,20 @@ def _start(
         operator = sites[name].operator
         found = {need: operator.matrix(t) if t.ndim > 1 else t for need, t in found.items()}
         if method.chooses_together():
-            surveys[name] = method.survey(sites[name], Start.at(name, seed, **found))
+            surveys.set(name, method.survey(sites[name], Start.at(name, seed, **found)))
         else:
             make(name, method, found)
 
-    if method.needs():
-        weights = {name: model.get_parameter(f"{name}.weight") for name in sites}
-        gather(model, weights, method.needs(), data or (), use, loss, progress)
-    else:
-        for name in sites:
-            use(name, {})
-    if method.chooses_together():
-        for name, (here, found) in method.settle(sites, surveys, seed).items():
-            make(name, here, found)
+    with Mapped() as surveys:
+        if method.needs():
+            weights = {name: model.get_parameter(f"{name}.weight") for name in sites}
+            gather(model, weights, method.needs(), data or (), use, loss, progress)
+        else:
+            for name in sites:
+                use(name, {})
+        if method.chooses_together():
+            for name, (here, found) in method.settle(sites, surveys.tensors, seed).items():
+                make(name, here, found)
     return {name: states[name] for name in sites if name in states}
 
 

@@ -1,5 +1,6 @@
 """Forms: the shapes of computation that many methods share. A form owns forward, fold, edit and restore."""
 
+from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
@@ -9,4 +10,18 @@ from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
 
-__all__ = ["Competing", "Coupled", "Delta", "Joint", "Kernel", "Pair", "Part", "Rescale", "Sparse", "auto_scale"]
+__all__ = [
+    "SCHEDULES",
+    "SCORER_NAMES",
+    "Chosen",
+    "Competing",
+    "Coupled",
+    "Delta",
+    "Joint",
+    "Kernel",
+    "Pair",
+    "Part",
+    "Rescale",
+    "Sparse",
+    "auto_scale",
+]

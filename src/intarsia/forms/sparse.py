@@ -71,7 +71,7 @@ class Sparse(Delta):
         return None
 
     def init(self, site: Site, start: Start) -> dict[str, Tensor]:
-        index = self.choose(site, start)
+        index = self.choose(site, start) if start.index is None else start.index.to(site.weight.device)
         shape = self.granularity_at(site.shape).values_shape(site.shape, len(index))
         return self._state(site, index, torch.zeros(shape, dtype=_wide(site), device=site.weight.device))
 
@@ -131,7 +131,7 @@ def auto_scale(shape: Shape, trained: int) -> float:
     Measured in docs/learning-rate.md.
     """
     rows, columns = shape
-    norm = math.sqrt(trained / (rows * columns)) * (math.sqrt(rows) + math.sqrt(columns)) / 2
+    norm = math.sqrt(max(1, trained) / (rows * columns)) * (math.sqrt(rows) + math.sqrt(columns)) / 2
     return 2.0 ** round(math.log2(TARGET / norm))
 
 

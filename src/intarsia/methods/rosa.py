@@ -16,10 +16,10 @@ The learning rate is that of both parts alone; it is not measured for the two to
 from dataclasses import dataclass
 from typing import ClassVar
 
-from intarsia.forms import Pair
+from intarsia.forms import SCORER_NAMES, Pair
 from intarsia.method import option
 from intarsia.methods.lora import Lora
-from intarsia.methods.shira import SCORER_NAMES, Shira
+from intarsia.methods.shira import Shira
 from intarsia.registry import register
 
 

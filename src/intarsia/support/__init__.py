@@ -1,5 +1,6 @@
 """The support space: granularity x scorer x budget. Pure tensor functions."""
 
+from intarsia.support.budgets import BUDGETS, OF_THE_MODEL, allocate, proportional
 from intarsia.support.choose import choose, struct, top
 from intarsia.support.granularity import (
     GRANULARITIES,
@@ -16,11 +17,11 @@ from intarsia.support.granularity import (
     file_index_dtype,
     named_granularity,
 )
-from intarsia.support.permutation import permute, sample
+from intarsia.support.permutation import permute, sample, sample_rows
 from intarsia.support.scorers import CROWDED, OUTSIDE, SCORERS, is_scorer, needs_of, score, scorer
 
 __all__ = [
-    "CROWDED", "GRANULARITIES", "OUTSIDE", "SCORERS", "Column", "Diagonal", "Element", "Granularity", "Line", "Plan", "Row",
-    "Shape", "Tile", "Wide", "choose", "file_index_dtype", "is_scorer", "named_granularity", "needs_of", "permute", "sample",
-    "score", "scorer", "struct", "top",
+    "BUDGETS", "CROWDED", "GRANULARITIES", "OF_THE_MODEL", "OUTSIDE", "SCORERS", "Column", "Diagonal", "Element",
+    "Granularity", "Line", "Plan", "Row", "Shape", "Tile", "Wide", "allocate", "choose", "file_index_dtype", "is_scorer",
+    "named_granularity", "needs_of", "permute", "proportional", "sample", "sample_rows", "score", "scorer", "struct", "top",
 ]  # fmt: skip

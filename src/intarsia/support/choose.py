@@ -7,23 +7,34 @@ from torch import Tensor
 
 from intarsia.method import Start
 from intarsia.site import Site
+from intarsia.support.budgets import top_of_rows
 from intarsia.support.granularity import Granularity, Shape
-from intarsia.support.permutation import sample
+from intarsia.support.permutation import sample, sample_rows
 from intarsia.support.scorers import score
 
 
-def choose(granularity: Granularity, scorer: str, count: int, site: Site, start: Start, offset: int = 0) -> Tensor:
+def choose(
+    granularity: Granularity, scorer: str, count: int, site: Site, start: Start, offset: int = 0, by_row: bool = False
+) -> Tensor:
     """``count`` units of the weight. -> (count,) sorted int64, on the weight's device.
+
+    Args:
+        by_row: as many in each output row as in any other; of elements or lines.
 
     Raises:
         IntarsiaError: when the scorer fails or gives no finite numbers (a broken base or calibration).
     """
-    if scorer == "random":
-        index = sample(granularity.units(site.shape), count, start.key)
+    rows, units = site.shape[0], granularity.units(site.shape)
+    if scorer == "random" and by_row:
+        each = sample_rows(rows, units // rows, count // rows, start.key)
+        index = (each + torch.arange(rows)[:, None] * (units // rows)).view(-1)
+    elif scorer == "random":
+        index = sample(units, count, start.key)
     elif scorer == "struct":
         index = struct(site.shape, count, offset)
     else:
-        index = top(granularity.reduce(score(scorer, site, start)), count)
+        scores = granularity.reduce(score(scorer, site, start))
+        index = top_of_rows(scores, rows, count) if by_row else top(scores, count)
     return index.to(site.weight.device)
 
 

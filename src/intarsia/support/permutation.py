@@ -19,15 +19,7 @@ _LOW32 = 0xFFFFFFFF
 
 def permute(index: Tensor, n: int, key: int) -> Tensor:
     """Where the keyed permutation of 0..n-1 sends each index. (k,) int64 in 0..n-1 -> (k,) int64, distinct if the indices are."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    keys = _round_keys(key)
-    out = _feistel(index, half, keys)
-    outside = (out >= n).nonzero().squeeze(1)
-    while len(outside):  # cycle walking keeps it a permutation of 0..n-1
-        again = _feistel(out[outside], half, keys)
-        out[outside] = again
-        outside = outside[again >= n]
-    return out
+    return _walk(index, n, [torch.tensor(k) for k in _round_keys(key)])
 
 
 def sample(n: int, k: int, key: int) -> Tensor:
@@ -35,12 +27,31 @@ def sample(n: int, k: int, key: int) -> Tensor:
     return permute(torch.arange(k), n, key).sort().values
 
 
+def sample_rows(rows: int, n: int, k: int, key: int) -> Tensor:
+    """k distinct indices of 0..n-1 in each of the rows, each row with its own permutation. -> (rows, k) int64, each row sorted."""
+    number = _mix(torch.arange(1, rows + 1))[:, None].expand(rows, k).reshape(-1)
+    keys = [_mix(number ^ each) for each in _round_keys(key)]
+    return _walk(torch.arange(k).repeat(rows), n, keys).view(rows, k).sort(dim=1).values
+
+
+def _walk(index: Tensor, n: int, keys: list[Tensor]) -> Tensor:
+    """The permutation of 0..n-1 with these round keys, each a single number or one for every index."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    out = _feistel(index, half, keys)
+    outside = (out >= n).nonzero().squeeze(1)
+    while len(outside):  # cycle walking keeps it a permutation of 0..n-1
+        again = _feistel(out[outside], half, [key[outside] if key.ndim else key for key in keys])
+        out[outside] = again
+        outside = outside[again >= n]
+    return out
+
+
 def _round_keys(key: int) -> list[int]:
     digest = hashlib.blake2b(key.to_bytes(8, "little"), digest_size=4 * ROUNDS).digest()
     return [int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(ROUNDS)]
 
 
-def _feistel(x: Tensor, half: int, keys: list[int]) -> Tensor:
+def _feistel(x: Tensor, half: int, keys: list[Tensor]) -> Tensor:
     mask = (1 << half) - 1
     left, right = x >> half, x & mask
     for key in keys:
