@@ -168,8 +168,8 @@ class Method(ABC):
         return self
 
     def sits_at(self) -> frozenset[str]:
-        """The kinds of layers where it can sit as it is set: the norms of inputs are known for linear layers only."""
-        return self.kinds & {"linear"} if "inputs" in self.needs() else self.kinds
+        """The kinds of layers where it can sit as it is set: norms of inputs, and roles, are known for linear layers only."""
+        return self.kinds & {"linear"} if "inputs" in self.needs() or self.roles_from() else self.kinds
 
     def config(self) -> dict[str, Any]:
         """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""

@@ -100,7 +100,11 @@ def _misplaced(method: Method, site: Site) -> str | None:
     for kind in sorted(kinds - method.sits_at()):
         what = f"shares its weight with {', '.join(site.tied)}" if kind == "tied" else f"is of the kind {kind}"
         able = ", ".join(name for name, cls in registry.methods().items() if kind in cls.kinds)
-        why = "" if kind not in method.kinds else " as it is set: the norms of inputs are known for linear layers only"
+        why = (
+            ""
+            if kind not in method.kinds
+            else " as it is set: the norms of inputs, and roles, are known for linear layers only"
+        )
         return f"{site.name} {what}, where {method.name} cannot sit{why}; exclude it, or take another method ({able})"
     return None
 
