@@ -39,8 +39,9 @@ class Tensors:
         plan: tuple[Tensor, ...] = (),
         operator: Operator = LINEAR,
         dtype: torch.dtype = torch.float32,
+        training: bool = False,
     ):
-        self.shape, self.plan, self.operator, self.dtype = shape, plan, operator, dtype
+        self.shape, self.plan, self.operator, self.dtype, self.training = shape, plan, operator, dtype, training
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
@@ -79,7 +80,7 @@ class State(nn.Module):
 
     def raw(self, operator: Operator | None = None) -> Tensors:
         """p in the dtypes that are stored; for a partner, with what that does with the weight."""
-        return Tensors(self.tensors(), self.shape, self.plan(), operator or self.operator)
+        return Tensors(self.tensors(), self.shape, self.plan(), operator or self.operator, training=self.training)
 
     def cast(self, dtype: torch.dtype, operator: Operator | None = None) -> Tensors:
         """p in one floating dtype, so that no method ever meets two it did not ask for."""
@@ -90,6 +91,7 @@ class State(nn.Module):
             self.plan(),
             operator or self.operator,
             dtype,
+            self.training,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> State:
@@ -253,7 +255,7 @@ def put_on(layer: Any, name: str, state: State, partners: Sequence[tuple[Any, Op
             partner.__class__ = adapted(type(partner), Partner)
             partner.leader, partner.operator = (layer,), operator
         _ADAPTED.add(layer)
-    layer.adapters[name] = state
+    layer.adapters[name] = state.train(layer.training)
 
 
 def take_off(layer: Any, name: str) -> None:
@@ -343,18 +345,22 @@ def base_weight(layer: Any) -> Tensor:
     return weight
 
 
-def _write_stale(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Some optimizers write through parameter.data, which no version counter sees.
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     layers: list[Any] = list(_ADAPTED)
     for layer in layers:
+        for state in layer.adapters.values():
+            if any(id(parameter) in stepped and parameter.grad is not None for parameter in state.parameters()):
+                with torch.no_grad():
+                    state.method.after_step(state.raw())
         if layer.live is None:
             continue
         if id(layer.adapters[layer.live].values) in stepped or versions(layer) != layer.written:
             write(layer)
 
 
-register_optimizer_step_post_hook(_write_stale)
+register_optimizer_step_post_hook(_after_step)
 
 
 @contextmanager

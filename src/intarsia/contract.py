@@ -8,7 +8,8 @@ For a method of one's own, in its tests or with ``intarsia check my_module:MyMet
 
 A law is a function of a method that raises :class:`Broken` where the promise in its docstring does not hold. It uses a
 net of three small layers (24 x 16, 16 x 24, 24 x 16) on the CPU, and the state is stirred before anything is compared,
-because at the start, where nothing has been learned, most mistakes cannot be seen. A method that declares in
+because at the start, where nothing has been learned, most mistakes cannot be seen. What is finished, an edit or a file, is
+what an adapter does in eval mode. A method that declares in
 ``expected`` that a law does not hold is taken at its word: it is an error when that law does hold.
 """
 
@@ -378,7 +379,7 @@ def forward_writes_nothing(method: Method) -> None:
 def edit_is_the_fold(method: Method) -> None:
     """The finished edit, which knows no method, does to the weight what the fold does, and its restored state is the same
     edit to the bit and shares no memory with it."""
-    model = _adapted(method)
+    model = _adapted(method).eval()
     for name, state in models.states(model, "default").items():
         layer: Any = model.get_submodule(name)
         W = chain.base_weight(layer).detach()
@@ -405,7 +406,7 @@ def setting_in_agrees(method: Method) -> None:
     if not method.mergeable:
         return
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = _adapted(method, dtype)
+        model = _adapted(method, dtype).eval()
         fused = _net(dtype)
         start = models.digest(fused)
         deck = Deck(fused)
@@ -527,10 +528,10 @@ def _fails(owner: Any, step: str, at: int, call: Callable[[], object]) -> bool:
 def saves_and_loads_exactly(method: Method) -> None:
     """What is loaded is what was saved, to the bit: the edits, the output, and what trains. Saved again it is the same
     file. A file with a tensor missing, added, of another shape, a bit flipped or an end cut off is refused."""
-    model = _adapted(method)
+    model = _adapted(method).eval()
     with _folder() as folder:
         models.save(model, folder / "one", note={"why": "law"})
-        other = _net()
+        other = _net().eval()
         _promise(models.load(other, folder / "one", "x") == "x", "load does not give the name back")
         _same(other(_input()), model(_input()), "output after loading")
         trains = {n.replace("adapters.x.", ""): p.numel() for n, p in other.named_parameters() if p.requires_grad}
@@ -708,7 +709,7 @@ def sits_where_it_says(method: Method) -> None:
             _unchanged(model, before, f"refused at the kind {kind}")
             continue
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            plain, x = make(dtype), given(dtype)
+            plain, x = make(dtype).eval(), given(dtype)
             y, bits = plain(x), _bits(plain.state_dict())
             _attach_to(plain, method, given)
             if method.starts_as_identity:
@@ -743,10 +744,10 @@ def sits_where_it_says(method: Method) -> None:
             for gradient, right in zip(torch.autograd.grad(model(x), wanted, gy), expected, strict=True):
                 _near(gradient, right, EXACT, f"{kind}: gradient, live={live}")
         with _folder() as folder:
-            loaded = make(torch.float64)
+            loaded = make(torch.float64).eval()
             models.load(loaded, models.save(model, folder / "a"))
             _set_live(loaded, False)
-            _same(loaded(x), model(x), f"{kind}: output of a saved and loaded adapter")
+            _same(loaded(x), model.eval()(x), f"{kind}: output of a saved and loaded adapter")
 
 
 Kind = tuple[Callable[[torch.dtype], nn.Module], Callable[[torch.dtype], Tensor], Callable[..., Tensor]]

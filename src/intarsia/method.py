@@ -81,7 +81,8 @@ class Method(ABC):
     """How an adapter is trained. Subclasses are frozen dataclasses; their fields are the hyperparameters.
 
     ``p`` below is the state at one site: its tensors as attributes (``p.A``, ``p.values``) in one floating dtype, which is
-    ``p.dtype``, ``p.operator``, what the layer does with the weight; and ``p.shape``, the (O, I) of the weight.
+    ``p.dtype``, ``p.operator``, what the layer does with the weight, ``p.training``, whether the layer is in training mode,
+    and ``p.shape``, the (O, I) of the weight.
     """
 
     name: ClassVar[str]  # as in configs and on the command line
@@ -112,7 +113,7 @@ class Method(ABC):
 
     @abstractmethod
     def edit(self, p: Any) -> Edit:
-        """What the trained state does to the weight, as an edit that knows no method."""
+        """What the trained state does to the weight in eval mode, as an edit that knows no method."""
 
     @abstractmethod
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
@@ -129,6 +130,9 @@ class Method(ABC):
     def plan(self, p: Any) -> tuple[Tensor, ...]:
         """Constants that follow from the state and are not saved with it; made once, met again as ``p.plan``."""
         return ()
+
+    def after_step(self, p: Any) -> None:  # noqa: B027  # most methods have nothing to do here
+        """Called after every optimizer step that this state took part in; may write constants of the state, in place."""
 
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""

@@ -9,6 +9,7 @@ from intarsia.forms.kernel import Kernel
 from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
+from intarsia.forms.split import Split
 
 __all__ = [
     "SCHEDULES",
@@ -23,5 +24,6 @@ __all__ = [
     "Part",
     "Rescale",
     "Sparse",
+    "Split",
     "auto_scale",
 ]

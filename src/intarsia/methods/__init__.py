@@ -2,6 +2,7 @@
 
 from intarsia.methods.dora import Dora
 from intarsia.methods.lora import Lora
+from intarsia.methods.mosa import Mosa
 from intarsia.methods.paca import Paca
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
@@ -10,4 +11,4 @@ from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 
-__all__ = ["Dora", "Lora", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella"]
+__all__ = ["Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella"]

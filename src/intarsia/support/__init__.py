@@ -17,11 +17,12 @@ from intarsia.support.granularity import (
     file_index_dtype,
     named_granularity,
 )
-from intarsia.support.permutation import permute, sample, sample_rows
+from intarsia.support.permutation import draw, permute, sample, sample_rows
 from intarsia.support.scorers import CROWDED, OUTSIDE, SCORERS, is_scorer, needs_of, score, scorer
 
 __all__ = [
     "BUDGETS", "CROWDED", "GRANULARITIES", "OF_THE_MODEL", "OUTSIDE", "SCORERS", "Column", "Diagonal", "Element",
-    "Granularity", "Line", "Plan", "Row", "Shape", "Tile", "Wide", "allocate", "choose", "file_index_dtype", "is_scorer",
-    "named_granularity", "needs_of", "permute", "proportional", "sample", "sample_rows", "score", "scorer", "struct", "top",
+    "Granularity", "Line", "Plan", "Row", "Shape", "Tile", "Wide", "allocate", "choose", "draw", "file_index_dtype",
+    "is_scorer", "named_granularity", "needs_of", "permute", "proportional", "sample", "sample_rows", "score", "scorer", "struct",
+    "top",
 ]  # fmt: skip

@@ -71,3 +71,8 @@ def _multiply(x: Tensor, constant: int) -> Tensor:
     """x * constant mod 2^32 for x < 2^32, in two halves so that int64 never overflows."""
     low, high = constant & 0xFFFF, constant >> 16
     return (x * low + (((x * high) & 0xFFFF) << 16)) & _LOW32
+
+
+def draw(key: Tensor, step: Tensor, n: int) -> Tensor:
+    """A number of 0..n-1 for each key at a step, the same on every device. (k,) int64 below 2^32, () int64 -> (k,) int64."""
+    return _mix(key ^ _mix(step + 1)) % n
