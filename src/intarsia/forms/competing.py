@@ -12,7 +12,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.forms.joint import Joint
 from intarsia.method import Method
 from intarsia.site import Site
-from intarsia.support import Shape, top
+from intarsia.support import Granularity, Shape, top
 
 
 class Competing(Joint):
@@ -22,6 +22,9 @@ class Competing(Joint):
 
     def units(self, shape: Shape) -> int:
         return round(self.density * self.granularity_at(shape).units(shape))
+
+    def usual(self, shape: Shape, unit: Granularity) -> int:
+        return self.units(shape)
 
     def takes(self, sites: Mapping[str, Site]) -> Mapping[str, Site]:
         found = super().takes(sites)

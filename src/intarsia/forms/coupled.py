@@ -64,6 +64,13 @@ class Coupled(Joint):
     def granularity_at(self, shape: Shape) -> Granularity:
         return Column()
 
+    def usual(self, shape: Shape, unit: Granularity) -> int:
+        heads = getattr(unit, "width", 1) > 1  # a unit of width 1 is a channel
+        made, read = (("q", "k", "v"), "o") if heads else (("gate", "up"), "down")
+        portions = self.portions()
+        share = portions[read] if isinstance(unit, Column) else max(portions[part] for part in made)
+        return int(share * unit.units(shape))
+
     def units(self, shape: Shape) -> int:
         return int(self.portions()["down"] * shape[1])
 

@@ -94,9 +94,15 @@ class Joint(Sparse):
             )
         return found
 
+    @abstractmethod
+    def usual(self, shape: Shape, unit: Granularity) -> int:
+        """How many units of such a weight are trained on the average of the model."""
+
     def part(self, shape: Shape, unit: Granularity, count: int) -> Part:
         """What stands at a weight with so many units."""
-        scale = auto_scale(shape, count * unit.size(shape)) if self.scale == "auto" else float(self.scale)
+        # By the average, so that every trained number of a model takes equal steps, however many share its weight.
+        usual = max(1, self.usual(shape, unit)) * unit.size(shape)
+        scale = auto_scale(shape, usual) if self.scale == "auto" else float(self.scale)
         return Part(self.name, unit, count, scale)
 
     def scale_at(self, shape: Shape) -> float:
