@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
+import intarsia as ia
 from intarsia import families
+from intarsia import model as models
 from intarsia.errors import IntarsiaError
 from small import small_net
 
@@ -45,11 +48,15 @@ MODELS = {
 }
 
 
-def _output(model):
+def _run(model):
     tokens = torch.arange(24).view(2, 12) * 7 % 50
-    with torch.no_grad():
-        out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def _output(model):
+    with torch.no_grad():
+        return _run(model)
 
 
 def _another_order(block):
@@ -111,6 +118,31 @@ def test_roles_in_fused_weights():
     assert [r.first for r in roles["model.layers.1.mlp.gate_up_proj"]] == [0, 40]
     gpt2 = families.roles(families.blocks(MODELS["gpt2"]()))["transformer.h.0.attn.c_attn"]
     assert {r.part: r.first for r in gpt2} == {"q": 0, "k": 6, "v": 12}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_and_channels_train_in_every_family(name):
+    """Gradients are those of the dense weights, whichever way round and however fused these are kept."""
+    every = {"o": 0.5, "v": 0.5, "q": 0.5, "k": 0.5, "down": 0.2, "up": 0.2}
+    model, dense = MODELS[name](), MODELS[name]()
+    ia.attach(model, ia.S2ft(**every, scope="block", scale=2.0))  # type: ignore[arg-type]
+    assert torch.equal(_run(model), _run(dense))
+    for each in (model, dense):
+        _run(each).sin().sum().backward()
+    states = models.states(model, "default")
+    roles = families.roles(families.blocks(dense))
+    assert states.keys() == {n for n, held in roles.items() if {r.part for r in held} - {"gate"}}
+    for site, state in states.items():
+        layer: Any = dense.get_submodule(site)
+        G = layer.weight.grad.T if families.turned(layer) else layer.weight.grad
+        values: Any = state.values
+        torch.testing.assert_close(
+            values.grad, 2 * state.granularity().gather(G.contiguous(), state.tensors()["index"]), rtol=1e-9, atol=1e-11
+        )
+        taken = {r.part: {int(u) - r.first for u in state.tensors()["index"]} for r in roles[site]}
+        for role in roles[site]:
+            own = {u for u in taken[role.part] if 0 <= u < role.units}
+            assert len(own) == (0 if role.part == "gate" else int(every[role.part] * role.units)), (site, role.part)
 
 
 def test_neox_knows_its_output_side():
