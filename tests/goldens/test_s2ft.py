@@ -219,6 +219,29 @@ def test_single_columns_are_paca():
     assert torch.equal(layer_of(ours, "again").weight, layer_of(paca, "again").weight)
 
 
+def test_heads_are_lora_with_a_one_hot_A(tiny_llama):
+    """Columns: B is the change and A picks the columns; the same steps as LoRA with that A frozen."""
+    ours, lora = tiny_llama(torch.float64), tiny_llama(torch.float64)
+    ia.attach(ours, ia.S2ft(o=0.5, down=0.25, scale=2.0, **BLOCK))
+    ia.attach(lora, ia.Lora(rank=32, alpha=64.0), targets=["o_proj", "down_proj"])
+    with torch.no_grad():
+        for name, state in _states(lora).items():
+            mine = state_of(ours, name)
+            columns = mine.granularity().spread(mine.index)
+            assert len(columns) == 32
+            state.A.zero_()[torch.arange(32), columns] = 1.0
+            state.A.requires_grad_(False)
+    for model in (ours, lora):
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            _loss(model).backward()
+            optimizer.step()
+    for name, state in _states(ours).items():
+        torch.testing.assert_close(state.values, state_of(lora, name).B, rtol=0, atol=1e-12)
+    assert _loss(ours).item() == pytest.approx(_loss(lora).item(), abs=1e-12)
+
+
 def test_selections(tiny_llama):
     """Every score from its definition, a head's the mean over its channels."""
     dense = tiny_llama(torch.float64)
