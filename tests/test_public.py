@@ -19,7 +19,8 @@ from small import SITES, small_net, some_input
 PUBLIC = {
     "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
-    "load_adapter_state", "read", "register", "registry", "rows", "save", "sync",
+    "load_adapter_state", "load_checkpoint", "read", "register", "registry", "replicate", "rows", "save",
+    "save_checkpoint", "shard", "sync",
 }  # fmt: skip
 
 SIGNATURES = {
@@ -29,6 +30,10 @@ SIGNATURES = {
     "rows": "model, names",
     "save": "model, folder, name, note, overwrite",
     "load": "model, folder, name, any_base",
+    "shard": "model, blocks, options",
+    "replicate": "model, options",
+    "save_checkpoint": "model, folder, optimizer, name, extra",
+    "load_checkpoint": "model, folder, optimizer, name",
     "read": "folder",
     "digest": "model",
     "Shira": "density, scorer, granularity, width, scale, offset, budget",

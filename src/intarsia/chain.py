@@ -12,12 +12,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from intarsia import processes
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
@@ -148,7 +150,7 @@ class OnChain:
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
         leading = self.leading
-        if leading.live is not None and not torch.compiler.is_compiling() and versions(leading) != leading.written:
+        if leading.live is not None and not torch.compiler.is_compiling() and not up_to_date(leading):
             raise IntarsiaError(
                 f"the weight under the live adapter {leading.live!r} is out of date: its values or the weight were changed by "
                 "something other than an optimizer step. Call intarsia.sync(model) after writing values by hand; "
@@ -197,8 +199,9 @@ class Adapted(OnChain):
     live: str | None  # the adapter whose values stand in the weight: active[0] or none
     rows: tuple[tuple[tuple[str, ...], Tensor], ...] | None  # per-row adapters: (adapters, row numbers)
     row_count: int
-    kept: Tensor | None  # the base's bits at the support of the live adapter
+    kept: Tensor | None  # the base's bits at the support of the live adapter; of a shard: at its part of the support
     written: tuple[int, int]  # versions of (values, weight) when the weight was last written
+    shard: Shard | None  # where the weight is one process's part of the whole
     partners: tuple[Any, ...]  # layers that share the weight
 
     @property
@@ -219,6 +222,35 @@ class Adapted(OnChain):
             self.kept = self.kept.to(self.weight.device, self.weight.dtype)  # type: ignore[attr-defined]
             write(self)
         return out
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows of a weight that this process holds after ``fully_shard``, and the module that gathers them for a forward."""
+
+    owner: Any  # an FSDPModule
+    root: Any  # the outermost
+    first: int
+    count: int
+    device: torch.device
+
+    def part(self, layer: Any) -> Tensor:
+        """This process's rows, as one flat view to read and write. The next forward gathers what stands there."""
+        self.owner.reshard()  # or a weight that is still gathered would be used without what is written now
+        if not processes.is_shard(layer.weight):
+            self.root.reset_iter_state()  # FSDP believes that a forward goes on: an exception has ended it
+        rows: Tensor = layer.weight.to_local()
+        return rows.view(-1)
+
+    def places(self, state: Any) -> tuple[Tensor, Tensor]:
+        """(which entries of the support lie in these rows, their flat positions in the part)."""
+        rows, columns = state.shape
+        flat = state.granularity().flat(state.shape, state.index).reshape(-1)
+        if state.operator.transposed:  # the weight is stored as (columns, rows)
+            flat, columns = flat % columns * rows + flat // columns, rows
+        flat = flat - self.first * columns
+        mine = ((flat >= 0) & (flat < self.count * columns)).nonzero().squeeze(1)
+        return mine, flat[mine].to(self.device)
 
 
 def adapted(cls: type[nn.Module], role: type = Adapted) -> type[nn.Module]:
@@ -249,7 +281,7 @@ def put_on(layer: Any, name: str, state: State, partners: Sequence[tuple[Any, Op
         layer.__class__ = adapted(type(layer))
         layer.adapters, layer.operator = nn.ModuleDict(), state.operator
         layer.active, layer.live, layer.kept, layer.rows = (), None, None, None
-        layer.row_count, layer.written = 0, (0, 0)
+        layer.row_count, layer.written, layer.shard = 0, (0, 0), None
         layer.partners = tuple(partner for partner, _ in partners)
         for partner, operator in partners:
             partner.__class__ = adapted(type(partner), Partner)
@@ -266,7 +298,7 @@ def take_off(layer: Any, name: str) -> None:
         for partner in layer.partners:
             del partner.leader, partner.operator
             partner.__class__ = partner.base_class
-        for attribute in ("active", "live", "kept", "rows", "row_count", "written", "operator", "partners"):
+        for attribute in ("active", "live", "kept", "rows", "row_count", "written", "shard", "operator", "partners"):
             delattr(layer, attribute)
         del layer.adapters
         layer.__class__ = layer.base_class
@@ -292,13 +324,15 @@ def set_active(layer: Any, names: Sequence[str], live: bool = True) -> None:
     """Make exactly these adapters act on the layer, lowest first; the lowest one live if it is sparse."""
     _take_out(layer)
     layer.active = tuple(name for name in names if name in layer.adapters)
+    if layer.shard is not None and len(layer.active) > 1:
+        live = False  # an adapter above may ask for the base's own weight, and each process keeps only its part's bits
     if live and layer.active and isinstance(layer.adapters[layer.active[0]].method, Sparse):
         _set_in(layer, layer.active[0])
 
 
 def _set_in(layer: Any, name: str) -> None:
     state = layer.adapters[name]
-    layer.kept = state.granularity().gather(matrix(layer).detach(), state.index)
+    layer.kept = _read(layer, state)
     layer.live = name  # from here on the kept bits undo whatever is written
     write(layer)
 
@@ -308,24 +342,59 @@ def _take_out(layer: Any) -> None:
         return
     state = layer.adapters[layer.live]
     with torch.no_grad():
-        state.granularity().put(matrix(layer), state.index, layer.kept)
+        _put(layer, state, layer.kept)
     layer.live = layer.kept = None
+
+
+def _read(layer: Any, state: Any) -> Tensor:
+    """The bits at the support now: a copy."""
+    if layer.shard is not None:
+        return layer.shard.part(layer).index_select(0, layer.shard.places(state)[1])  # type: ignore[no-any-return]
+    return state.granularity().gather(matrix(layer).detach(), state.index)  # type: ignore[no-any-return]
+
+
+def _put(layer: Any, state: Any, bits: Tensor) -> None:
+    if layer.shard is not None:
+        layer.shard.part(layer).index_copy_(0, layer.shard.places(state)[1], bits)
+    else:
+        state.granularity().put(matrix(layer), state.index, bits)
 
 
 def write(layer: Any) -> None:
     """Write base + change of the live adapter into the weight, computed in float32 or wider and rounded once."""
     if layer.live is None:
         return
-    state, weight = layer.adapters[layer.live], matrix(layer)
+    state = layer.adapters[layer.live]
     with torch.no_grad():
-        change = state.method.change(state.raw())
-        state.granularity().put(weight, state.index, (layer.kept.to(change.dtype) + change).to(weight.dtype))
+        _put(layer, state, _live_bits(layer, state))
     layer.written = versions(layer)
+
+
+def _live_bits(layer: Any, state: Any) -> Tensor:
+    """What is to stand at the support."""
+    change = state.method.change(state.raw())
+    if layer.shard is not None:
+        change = change.reshape(-1)[layer.shard.places(state)[0]].to(layer.kept.device)
+    return (layer.kept.to(change.dtype) + change).to(layer.weight.dtype)  # type: ignore[no-any-return]
+
+
+def up_to_date(layer: Any) -> bool:
+    """Whether the weight holds the values of the live adapter. The bits are only looked at where a counter has moved."""
+    if versions(layer) == layer.written:
+        return True
+    state = layer.adapters[layer.live]
+    with torch.no_grad():  # DistributedDataParallel, for one, writes the bits that are there already
+        if layer.shard is not None or not torch.equal(_read(layer, state), _live_bits(layer, state)):
+            return False
+    layer.written = versions(layer)
+    return True
 
 
 def versions(layer: Any) -> tuple[int, int]:
     """How often the values and the weight have been written in place, as autograd counts it."""
     values, weight = layer.adapters[layer.live].values, layer.weight
+    if layer.shard is not None:  # gathered anew for every forward, so its counter says nothing
+        return values._version, -1
     return tuple(-1 if t.is_inference() else t._version for t in (values, weight))  # type: ignore[return-value]
 
 

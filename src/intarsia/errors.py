@@ -14,6 +14,10 @@ class IntarsiaError(ValueError):
     """
 
 
+class ElsewhereError(IntarsiaError):
+    """The mistake that another process has found and told of; this one ends with it, and need not tell it again."""
+
+
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """The known words most like ``word``, or simply the known ones: the tail of an "unknown name" message."""
     known = sorted(known)

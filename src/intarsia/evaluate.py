@@ -44,7 +44,6 @@ def encode_pairs(
     return examples
 
 
-@torch.no_grad()
 def held_out_loss(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int = 32
 ) -> float:
@@ -55,6 +54,21 @@ def held_out_loss(
     Raises:
         IntarsiaError: when there is no answer token to measure.
     """
+    return answer_loss(*answer_sums(model, tokenizer, examples, batch_size))
+
+
+def answer_loss(total: float, count: int) -> float:
+    """The mean loss of the sums of :func:`answer_sums`."""
+    if not count:
+        raise IntarsiaError("held-out loss: there is no answer token in the examples")
+    return total / count
+
+
+@torch.no_grad()
+def answer_sums(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int = 32
+) -> tuple[float, int]:
+    """(cross entropy summed over all answer tokens, their number); see :func:`held_out_loss`."""
     collate, device = collator(tokenizer), _device(model)
     total, count = 0.0, 0
     with _evaluating(model):
@@ -65,9 +79,7 @@ def held_out_loss(
             answer = labels != IGNORED
             total += F.cross_entropy(logits[answer].float(), labels[answer], reduction="sum").item()
             count += int(answer.sum())
-    if not count:
-        raise IntarsiaError("held-out loss: there is no answer token in the examples")
-    return total / count
+    return total, count
 
 
 @torch.no_grad()

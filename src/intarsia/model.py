@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia import chain, families, registry, store
+from intarsia import chain, families, processes, registry, store
 from intarsia.calibrate import Loss, Mapped, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
@@ -39,7 +39,11 @@ class _Record:
 
     adapters: dict[str, Attached]
     required_grad: dict[str, bool]  # of the base's parameters, to be given back
+    ddp_ignored: list[str] | None  # what DistributedDataParallel was to leave alone before
     active: tuple[str, ...] = ()  # in order; a layer knows only those that it has
+
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name for names that DistributedDataParallel leaves alone
 
 
 # Who has set what into a model. Weak on both sides: neither a model nor a deck is kept alive by the other one's entry.
@@ -183,13 +187,15 @@ def _put_on(model: nn.Module, name: str, attached: Attached, states: Mapping[str
     active = active_names(model)
     try:
         if fresh:
-            model._intarsia = _Record({}, {n: p.requires_grad for n, p in model.named_parameters()})  # type: ignore[assignment]
+            flags = {n: p.requires_grad for n, p in model.named_parameters()}
+            model._intarsia = _Record({}, flags, getattr(model, _DDP_IGNORES, None))  # type: ignore[assignment]
             model.requires_grad_(False)
         record(model).adapters[name] = attached
         shared = {site: partners(model, site).items() for site in states}
         for site, state in states.items():
             with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
             chain.put_on(model.get_submodule(site), name, state, with_it)
+        _tell_ddp(model)
         activate(model, name)
     except BaseException:
         if name in record(model).adapters:
@@ -250,14 +256,27 @@ def _remove(model: nn.Module, name: str) -> None:
         if name in layer.adapters:
             chain.take_off(layer, name)
     del record(model).adapters[name]
+    _tell_ddp(model)
     if not record(model).adapters:
         _give_back(model)
+
+
+def _tell_ddp(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from sending the supports, which never change, around before every forward."""
+    layers = chain.adapted_layers(model)
+    names = [f"{site}.adapters.{k}" for site, layer in layers.items() for k, _ in layer.adapters.named_buffers()]
+    setattr(model, _DDP_IGNORES, [*(record(model).ddp_ignored or ()), *names])
 
 
 def _give_back(model: nn.Module) -> None:
     flags = record(model).required_grad
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
+    ignored = record(model).ddp_ignored
+    if ignored is not None:
+        setattr(model, _DDP_IGNORES, ignored)
+    elif hasattr(model, _DDP_IGNORES):
+        delattr(model, _DDP_IGNORES)
     del model._intarsia
 
 
@@ -415,6 +434,8 @@ def save(
 ) -> Path:
     """Write an adapter's folder, whole or not at all; the base is not in it. -> the folder.
 
+    Of a sharded model every process calls this, and the first one writes.
+
     Args:
         name: which adapter, where the model has several.
         note: remarks for its card, such as losses.
@@ -422,7 +443,10 @@ def save(
     Raises:
         IntarsiaError: when the folder exists, cannot be written, or the adapter holds numbers that are not finite.
     """
-    return store.write(export(model, name, called=Path(folder).name, note=note), folder, overwrite)
+    adapter = export(model, name, called=Path(folder).name, note=note)
+    if processes.is_sharded(model):
+        return processes.first_does(lambda: store.write(adapter, folder, overwrite))
+    return store.write(adapter, folder, overwrite)
 
 
 def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_base: bool = False) -> str:

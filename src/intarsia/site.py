@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia import processes
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.operators import ADAPTABLE, LINEAR, Embedding, Linear, Operator, Tied, operator_of
 from intarsia.role import Role
@@ -174,8 +175,14 @@ def unfit(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     faults = []
+    sharded = processes.is_sharded(model)
     for name in chosen:
         layer: Any = model.get_submodule(name)
+        if sharded or processes.is_shard(layer.weight):
+            faults.append(
+                f"{name}: its weight is sharded over processes already; attach or load first, then call intarsia.shard(model)"
+            )
+            continue
         tied = [n for n in owners.get(id(layer.weight), []) if n != f"{name}.weight"]
         fault = _unfit(model, name, layer, tied)
         if fault is not None:

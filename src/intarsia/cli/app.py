@@ -18,7 +18,7 @@ from intarsia.cli.evaluate import evaluate
 from intarsia.cli.methods import methods
 from intarsia.cli.show import show
 from intarsia.cli.train import train
-from intarsia.errors import IntarsiaError, nearest
+from intarsia.errors import ElsewhereError, IntarsiaError, nearest
 
 # Newer versions of typer carry click inside, older ones depend on it: this is the class of its errors in both.
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -39,7 +39,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:  # here, because typer itself would swallow what it has to say
-            terminal.messages().print(str(error) or "interrupted", markup=False, soft_wrap=True)
+            if terminal.is_first():
+                terminal.messages().print(str(error) or "interrupted", markup=False, soft_wrap=True)
             raise typer.Exit(getattr(error, "exit_code", terminal.INTERRUPTED)) from error
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
@@ -56,7 +57,8 @@ class Commands(TyperGroup):
 def report(error: BaseException) -> int:
     """Say what went wrong, in one message. -> the exit code: 2 for the user's mistakes, 130 for Ctrl-C, 1 for a bug."""
     if isinstance(error, IntarsiaError):
-        terminal.show_error(str(error))
+        if terminal.is_first() or _is_its_own(error):
+            terminal.show_error(str(error))
         return 2
     if isinstance(error, UsageError):
         terminal.show_error(_usage(error))
@@ -71,6 +73,12 @@ def report(error: BaseException) -> int:
     more = "" if terminal.debugging() else f"; {terminal.DEBUG}=1 shows where"
     terminal.show_error(f"unexpected {type(error).__name__}: {error}\nThis is a fault of intarsia, not yours{more}.")
     return 1
+
+
+def _is_its_own(error: IntarsiaError) -> bool:
+    """Whether the first process does not tell of this too: before they know of each other all make the same mistakes."""
+    processes = sys.modules.get("intarsia.processes")
+    return processes is not None and processes.started() and not isinstance(error, ElsewhereError)
 
 
 def _usage(error: Any) -> str:

@@ -61,6 +61,11 @@ def progress() -> Progress:
     return progress_on(messages())
 
 
+def is_first() -> bool:
+    """Whether this is the process that speaks, where a launcher has started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def debugging() -> bool:
     """Whether the user asked for tracebacks."""
     return os.environ.get(DEBUG, "") not in ("", "0")

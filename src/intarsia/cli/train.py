@@ -62,9 +62,13 @@ def train(
 
 
 def _train(config: Config, restart: bool, json: bool) -> None:
+    from intarsia import processes
     from intarsia.train.trainer import train as run
 
     outcome = run(config, progress=terminal.progress(), resume="never" if restart else "auto")
+    processes.leave()
+    if not terminal.is_first():
+        return None
     if json:
         return terminal.print_json(asdict(outcome))
     terminal.output().print(f"{outcome.output}  sha256 {outcome.digest[:12]}", markup=False)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia import processes
+
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and little-endian bytes, as hex."""
-    whole = tensor.detach().cpu().contiguous()
+    """SHA-256 of dtype, shape and little-endian bytes, as hex. Of a shard: of the whole; then every process must call this."""
+    whole = processes.whole(tensor.detach()).cpu().contiguous()
     head = f"{str(whole.dtype).removeprefix('torch.')}{list(whole.shape)}".encode()
     state = hashlib.sha256(head)
     if whole.numel():

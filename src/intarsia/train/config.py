@@ -69,7 +69,7 @@ class TrainConfig(Section):
     steps: int | None = Field(default=None, ge=1, description="optimizer steps; or give epochs")
     epochs: float | None = Field(default=None, gt=0, description="passes over the data; 1 if steps is not given either")
     lr: float | None = Field(default=None, gt=0, description="highest learning rate; by default the method's own")
-    batch_size: int = Field(default=16, ge=1, description="rows a forward pass")
+    batch_size: int = Field(default=16, ge=1, description="rows a forward pass, of all processes together")
     accumulate: int = Field(default=1, ge=1, description="forward passes an optimizer step")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="how lr falls after the warmup"
@@ -80,6 +80,7 @@ class TrainConfig(Section):
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
     max_length: int = Field(default=512, ge=2, description="tokens a row; what goes beyond is cut off at the end")
     gradient_checkpointing: bool = Field(default=False, description="less memory for a third more time")
+    shard: bool = Field(default=False, description="deal the base out over the processes of a launcher (FSDP2)")
     calibration_batches: int = Field(
         default=1,
         ge=1,

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from intarsia import registry
+from intarsia import processes, registry
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
 from intarsia.model import attached_names, digest
@@ -28,7 +26,7 @@ MUCH_TOO_LOW = 8  # a learning rate that many times below the method's own gets 
 STATE_BYTES = {"adamw": 8, "adafactor": 4, "sgd": 0}  # of optimizer state for a trained number; adafactor: at most
 
 # What may change between a run and its continuation without changing the result.
-FREE = ("output", "overwrite", "train.log_every", "train.eval_every", "train.save_every")
+FREE = ("output", "overwrite", "train.log_every", "train.eval_every", "train.save_every", "train.shard")
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,16 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     Raises IntarsiaError for anything that would stop the run later on.
     """
     progress = progress or Progress()
+    if config.train.shard and not processes.started():
+        raise IntarsiaError("train.shard needs several processes: torchrun --nproc-per-node 2 -m intarsia train ...")
     method = registry.build(config.method)
     if pretrained is None:
-        device = "cuda" if torch.cuda.is_available() else None
+        device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
         pretrained = load_pretrained(config.model, dtype=config.dtype, device=device, progress=progress.say)
+    elif config.train.shard:
+        raise IntarsiaError(
+            "train.shard deals the base out for good; leave pretrained out, so that train() loads its own"
+        )
     model = pretrained.model
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")

@@ -169,8 +169,8 @@ def progress_on(console: Console) -> Progress:
 class Log:
     """``log.jsonl``: one JSON object a line, each with its ``event``, written out at once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes  # of several processes, one writes
         self.events = read_log(path)
 
     def keep_until(self, step: int) -> None:
@@ -183,6 +183,8 @@ class Log:
     def write(self, event: str, **values: Any) -> None:
         """Append one event."""
         self.events.append({"event": event, **values})
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.events[-1]) + "\n")
 

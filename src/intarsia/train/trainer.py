@@ -25,20 +25,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from intarsia import distributed, processes, store
 from intarsia.errors import IntarsiaError
-from intarsia.evaluate import held_out_loss
-from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state, save
+from intarsia.evaluate import answer_loss, answer_sums
+from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state
 from intarsia.pretrained import Pretrained
 from intarsia.train.config import Config
-from intarsia.train.data import collator
+from intarsia.train.data import Example, collator
 from intarsia.train.plan import Plan, plan
 from intarsia.train.plots import loss_curve
 from intarsia.train.progress import Log, Pace, Progress, clock
+from intarsia.train.shares import Shares, blank
 from intarsia.train.unfinished import LOG, Unfinished, step_of
 
 ADAPTER = "default"  # its name on the model while it is trained
@@ -92,6 +97,9 @@ def train(
 ) -> Outcome:
     """Train one adapter and write it to ``config.output``, with the log, the loss curve, the config and a report.
 
+    Started by torchrun or ``accelerate launch``, the processes share each batch, so that the adapter is that of one process up
+    to rounding; the first one writes and shows progress, all of them call this and get the outcome.
+
     A run that was cut short is gone on with if ``<output>.unfinished`` holds its checkpoint; ``resume="never"`` begins
     anew. The global random generators are left as they were.
 
@@ -103,20 +111,37 @@ def train(
             checkpoint or an adapter that could not be written; for a loss that is not finite.
         TrainingStopped: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    progress = progress or Progress()
+    _join()
+    progress = progress if progress and processes.rank() == 0 else Progress()
     with progress, _own_randomness(), _quiet_libraries():
-        ready = plan(config, pretrained, progress)
+        ready = processes.first_then_all(lambda: plan(config, pretrained, progress))
         state = Unfinished(config.output)
         restart = resume == "never"
-        state.check(ready.settings, config.overwrite, restart, ready.estimate.checkpoint_bytes)
+        processes.first_does(
+            lambda: state.check(ready.settings, config.overwrite, restart, ready.estimate.checkpoint_bytes)
+        )
         progress.say(str(ready.estimate))
         for warning in ready.warnings():
             progress.warn(warning)
-        with _attached(ready, progress), state.held(ready.settings, restart):
+        with _attached(ready, progress), processes.first_within(state.held(ready.settings, restart)):
             outcome = _Run(ready, state, progress).go()
-        state.remove()
+        processes.first_does(state.remove)
         progress.say(str(outcome))
         return outcome
+
+
+def _join() -> None:
+    """Let the processes of a launcher know of each other, if nobody has done so yet."""
+    if processes.launched() and not processes.started():
+        PartialState(cpu=not torch.cuda.is_available())
+    if (
+        processes.started()
+        and (seen := PartialState(cpu=not torch.cuda.is_available()).num_processes) != processes.count()
+    ):
+        raise IntarsiaError(
+            f"accelerate sees {seen} process(es) where there are {processes.count()}; start them with torchrun or accelerate "
+            "launch, or set RANK, LOCAL_RANK and WORLD_SIZE before the process group is made"
+        )
 
 
 class _Run:
@@ -126,13 +151,14 @@ class _Run:
         self.ready, self.state, self.progress = ready, state, progress
         self.model: nn.Module = ready.pretrained.model
         self.collate = collator(ready.pretrained.tokenizer)
-        self.log = Log(state.folder / LOG)
         self.steps = ready.estimate.steps
+        self.checkpoint: Path | None = processes.first_does(state.checkpoint)
+        self.first = step_of(self.checkpoint) if self.checkpoint else 0
+        processes.first_does(lambda: Log(state.folder / LOG).keep_until(self.first))
+        self.log = Log(state.folder / LOG, writes=processes.rank() == 0)
 
     def go(self) -> Outcome:
-        checkpoint = self.state.checkpoint()
-        first = step_of(checkpoint) if checkpoint else 0
-        self.log.keep_until(first)
+        checkpoint, first = self.checkpoint, self.first
         base_loss = self._held_out(0, "base, held out") if self.ready.method.starts_as_identity else self._base_loss()
         if checkpoint:
             self.progress.say(f"going on from the checkpoint of step {first}")
@@ -165,10 +191,19 @@ class _Run:
             return float(known[-1])
         self.progress.work(0, len(self.ready.held_out), "evaluating")
         ready = self.ready
-        loss = held_out_loss(self.model, ready.pretrained.tokenizer, ready.held_out, ready.config.train.batch_size)
+        loss = answer_loss(*self._answers(ready.held_out))
         self.log.write("eval", step=step, eval_loss=loss)
         self.progress.say(f"step {step}: {what} loss {loss:.4f}")
         return loss
+
+    def _answers(self, examples: list[Example]) -> tuple[float, int]:
+        """(summed loss, tokens) over all processes, each of which takes its share and makes as many forward passes."""
+        size, count = self.ready.config.train.batch_size, processes.count()
+        if count > 1:
+            examples = sorted(examples, key=lambda e: len(e.input_ids))
+            examples = [*examples, *[blank(examples[0])] * (-len(examples) % count)][processes.rank() :: count]
+        loss, tokens = processes.summed(*answer_sums(self.model, self.ready.pretrained.tokenizer, examples, size))
+        return loss, int(tokens)
 
     def _finish(self, base_loss: float | None, eval_loss: float | None, resumed_from: int | None) -> Outcome:
         ready, log = self.ready, self.log
@@ -182,9 +217,10 @@ class _Run:
             "training loss": last["loss"],
             **({"held-out loss": eval_loss, "held-out loss of the base": base_loss} if eval_loss is not None else {}),
         }
+        adapter = export(self.model, ADAPTER, called=output.name, note=note)
         outcome = Outcome(
             output=str(output),
-            digest=export(self.model, ADAPTER).digest,
+            digest=adapter.digest,
             steps=self.steps,
             resumed_from=resumed_from,
             train_loss=last["loss"],
@@ -197,19 +233,23 @@ class _Run:
             seconds=last["seconds"],
             warnings=ready.warnings(),
         )
+        log.write("end", step=self.steps, output=str(output), digest=outcome.digest)
+        processes.first_does(lambda: self._write(adapter, output, outcome))
+        return outcome
+
+    def _write(self, adapter: store.Adapter, output: Path, outcome: Outcome) -> None:
+        ready, log = self.ready, self.log
         self.state.begin_saving(ready.settings)
         try:
-            save(self.model, output, ADAPTER, note=note, overwrite=True)
+            store.write(adapter, output, overwrite=True)
         except IntarsiaError as error:
             raise IntarsiaError(f"{error}{self.state.after_failure()}") from error
-        log.write("end", step=self.steps, output=str(output), digest=outcome.digest)
         (output / LOG).write_bytes(log.path.read_bytes())
         (output / CONFIG).write_text(yaml.safe_dump(ready.config.model_dump(mode="json"), sort_keys=False))
         (output / REPORT).write_text(
             json.dumps(asdict(outcome) | {"data": [asdict(report) for report in ready.reports]}, indent=2) + "\n"
         )
         loss_curve(log.events, output / CURVE, f"{output.name}: {ready.method.title} on {ready.pretrained.name}")
-        return outcome
 
 
 class AdapterTrainer(Trainer):
@@ -219,6 +259,7 @@ class AdapterTrainer(Trainer):
         self.run, self.signals = run, signals
         self.aside: Path | None = None
         self.pace = Pace(run.steps, first)
+        self.counted = 0  # tokens of this process
         before = [e for e in run.log.events if e["event"] == "step"]
         self.tokens_before: int = before[-1]["tokens"] if before else 0
         self.seconds_before: float = before[-1]["seconds"] if before else 0.0
@@ -237,18 +278,20 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        if (last := self.run.state.checkpoint()) and step_of(last) == step:
+        last = processes.first_does(self.run.state.checkpoint)
+        if last and step_of(last) == step:
             return
-        with self.run.state.new_checkpoint(step) as aside:
+        with processes.first_within(self.run.state.new_checkpoint(step)) as aside:
             self.aside = aside
+            inner = aside / f"checkpoint-{step}"
             try:
-                super()._save_checkpoint(model, trial)
-                inner = aside / f"checkpoint-{step}"
-                for path in inner.iterdir():
-                    path.rename(aside / path.name)
-                inner.rmdir()
+                processes.all_do(lambda: self._save_part(model, trial))
+                processes.first_does(lambda: _unpack(inner, aside))
             finally:
                 self.aside = None
+
+    def _save_part(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.aside or super()._get_output_dir(trial))
@@ -262,10 +305,33 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         pass  # _Run has loaded the adapter already
 
+    # --- which rows a process gets
+
+    def get_train_dataloader(self) -> Any:
+        if processes.count() == 1:
+            return super().get_train_dataloader()
+        rows, config = self.run.ready.train, self.run.ready.config.train
+        sampler = Shares(self._get_train_sampler(rows), config.batch_size, processes.rank(), processes.count())
+        loader: Any = DataLoader(
+            [*rows, blank(min(rows, key=lambda row: len(row.input_ids)))],  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.run.collate,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(  # as for one process: the rows are shared already
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            use_seedable_sampler=True,
+            data_seed=self.args.data_seed,
+        )
+
     # --- what is reported
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        self.pace.tokens += int(inputs["attention_mask"].sum())
+        self.counted += int(inputs["attention_mask"].sum())
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
@@ -273,6 +339,7 @@ class AdapterTrainer(Trainer):
         if "loss" not in logs:  # the summary at the end; ours is the report
             return
         step, loss = self.state.global_step, logs["loss"]
+        self.pace.tokens = int(processes.summed(self.counted)[0])
         status = self.pace.after(step, loss=loss, lr=logs["learning_rate"])
         self.run.log.write(
             "step",
@@ -318,7 +385,7 @@ class _AfterStep(TrainerCallback):
             control.should_log = True
         if not control.should_log:  # otherwise the line comes with the loss
             trainer.run.progress.step(trainer.pace.after(state.global_step))
-        if trainer.signals.caught is not None:
+        if trainer.signals.agree() is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
@@ -340,11 +407,22 @@ class _Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def agree(self) -> int | None:
+        """The signal that any process has caught; from now on all of them have."""
+        self.caught = processes.most(self.caught or 0) or None
+        return self.caught
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.caught is not None:
             raise KeyboardInterrupt
         self.caught = number
         self.progress.warn("stopping after this step with a checkpoint; once more: stop at once, without one")
+
+
+def _unpack(inner: Path, folder: Path) -> None:
+    for path in inner.iterdir():
+        path.rename(folder / path.name)
+    inner.rmdir()
 
 
 def _arguments(run: _Run) -> TrainingArguments:
@@ -357,7 +435,7 @@ def _arguments(run: _Run) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.state.folder),
         max_steps=run.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=math.ceil(config.batch_size / processes.count()),
         gradient_accumulation_steps=config.accumulate,
         learning_rate=run.ready.estimate.lr,
         weight_decay=config.weight_decay,
@@ -377,6 +455,7 @@ def _arguments(run: _Run) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=next(run.model.parameters()).device.type == "cpu",
+        ddp_find_unused_parameters=False,
         **options,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel copies modules, and a copy of a live weight is nobody's
@@ -419,6 +498,9 @@ def _attached(ready: Plan, progress: Progress) -> Iterator[None]:
             seed=ready.config.seed,
             progress=progress.work,
         )
+        distributed.share_first(model)
+        if ready.config.train.shard:
+            distributed.shard(model)
         yield
     finally:
         if ADAPTER in attached_names(model):
