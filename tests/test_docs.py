@@ -15,7 +15,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from intarsia import registry
-from intarsia.train.config import load_config
+from intarsia.bench.grid import Grid, check_methods
+from intarsia.train.config import load_config, load_tree, validated
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,7 +76,14 @@ def test_configs_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(blocks(page, "yaml")):
         file = tmp_path / f"{number}.yaml"
         file.write_text(block, encoding="utf-8")
-        load_config(file)
+        if "\nmethods:" in block:  # a comparison
+            check_methods(validated(Grid, load_tree(file), page.name))
+        else:
+            load_config(file)
+
+
+def test_the_grid_of_masks_is_valid() -> None:
+    check_methods(validated(Grid, load_tree(ROOT / "bench" / "masks.yaml"), "masks.yaml"))
 
 
 def tables() -> ModuleType:

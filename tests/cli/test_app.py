@@ -95,7 +95,7 @@ def test_version(intarsia):
         (["chat", "m", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["train"], "a config file is needed: intarsia train CONFIG.yaml"),
         (["show", "nowhere"], "nowhere does not exist; an adapter is a folder"),
-        (["methods", "shria"], "unknown method 'shria'; did you mean 'shira'?"),
+        (["methods", "shria"], "unknown method 'shria'; did you mean 'shira'"),
     ],
 )
 def test_a_mistake_is_one_message_and_code_2(intarsia, words, said):

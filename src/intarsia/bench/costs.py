@@ -60,11 +60,11 @@ class Cost:
 
     @property
     def spread(self) -> float | None:
-        """Half the distance of the quartiles of forward and backward, as a share of the median."""
-        if len(self.times) < 2 or not self.forward_backward_s:
+        """Half the distance of the quartiles of whole steps, as a share of the median."""
+        if len(self.times) < 2 or not self.step_s:
             return None
-        low, _, high = statistics.quantiles((t[0] for t in self.times.values()), n=4, method="inclusive")
-        return (high - low) / 2 / self.forward_backward_s
+        low, _, high = statistics.quantiles(map(sum, self.times.values()), n=4, method="inclusive")
+        return (high - low) / 2 / self.step_s
 
     def ratio(self, other: Cost, measure: str) -> float | None:
         """This one over the other, one of :data:`MEASURES`. Times: the median of the ratios within rounds."""
@@ -138,23 +138,23 @@ class Costs:
 
     # ------------------------------------------------------------------ for people
     def table(self, dtype: str) -> Table:
-        """One dtype: times, ratios of forward and backward, memory."""
+        """One dtype: times, ratios of whole steps, memory."""
         table = Table(title=f"{dtype}, {self.about['settings']['model']}", title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")  # fmt: skip
         table.add_column("contender", no_wrap=True)
         against = [found for stem in self.against if (found := self.find(stem, dtype))]
         lora = self.find("peft-lora", dtype)
         longest = any(row.longest is not None for row in self.of(dtype))
-        heads = ["trained", "fwd+bwd", "±", "optimizer", *(f"/ {o.stem}" for o in against)]
+        heads = ["trained", "step", "±", "optimizer", *(f"/ {o.stem}" for o in against)]
         heads += ["kept", *(["/ peft-lora"] if lora else []), "peak", "optim. state", "attach"]
         for head in heads + (["longest"] if longest else []):
             table.add_column(head, justify="right", no_wrap=True)
         for row in self.of(dtype):
-            cells = [f"{row.trained:,}" if row.trained else "-", _ms(row.forward_backward_s)]
+            cells = [f"{row.trained:,}" if row.trained else "-", _ms(row.step_s)]
             cells += [
                 f"{row.spread:.0%}" if row.spread is not None else "",
                 _ms(row.optimizer_s) if row.trained else "-",
             ]
-            cells += [_times(row.ratio(other, "forward_backward")) for other in against]
+            cells += [_times(row.ratio(other, "step")) for other in against]
             cells += [_size(row.kept_bytes), *([_times(row.ratio(lora, "kept"))] if lora else [])]
             cells += [_size(row.peak_bytes), _size(row.optimizer_bytes) if row.trained else "-"]
             cells += [_ms(statistics.median(row.attach_s)) if row.attach_s else "-"]

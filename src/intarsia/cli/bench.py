@@ -85,8 +85,8 @@ def train(
 
 
 _LEGEND = (
-    "fwd+bwd: median of the visits, ± half the distance of their quartiles. / NAME: the median of the ratios within rounds, of "
-    "forward and backward. Peak: base, adapter, optimizer and the most that a step adds."
+    "step: forward, backward and the optimizer's part, median of the visits, ± half the distance of their quartiles. / NAME: the "
+    "median of the ratios within rounds. Peak: base, adapter, optimizer and the most that a step adds."
 )
 
 
