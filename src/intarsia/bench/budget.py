@@ -10,6 +10,7 @@ from torch import nn
 
 from intarsia import registry
 from intarsia.errors import IntarsiaError
+from intarsia.forms import Coupled
 from intarsia.method import Method
 from intarsia.model import plan
 from intarsia.site import ALL_LINEAR, find_sites
@@ -31,8 +32,7 @@ class Scale:
 
     def highest_rank(self) -> int:
         """The rank that every weight has at least room for."""
-        layers = find_sites(self.model, self.targets, self.exclude).values()
-        return min(min(layer.weight.shape) for layer in layers)
+        return min(min(site.shape) for site in find_sites(self.model, self.targets, self.exclude).values())
 
 
 def fitted(config: Mapping[str, Any], scale: Scale, count: int) -> dict[str, Any]:
@@ -75,9 +75,10 @@ def fitted(config: Mapping[str, Any], scale: Scale, count: int) -> dict[str, Any
 
 
 def _shares(method: Method) -> dict[str, float]:
-    """The shares that a method of several parts has, those above 0."""
-    shares = getattr(method, "shares", None)
-    return {part: share for part, share in shares().items() if share > 0} if callable(shares) else {}
+    """The shares of heads and channels that a coupled method trains, those above 0."""
+    portions = method.portions() if isinstance(method, Coupled) else {}
+    fields = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return {part: share for part, share in portions.items() if share > 0 and part in fields}
 
 
 def _knob(method: Method) -> tuple[str, ...] | None:

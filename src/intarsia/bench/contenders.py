@@ -47,8 +47,7 @@ class Base:
     @cached_property
     def sites(self) -> dict[str, tuple[int, int]]:
         """(O, I) of every adapted weight, by the name of its layer."""
-        layers = find_sites(self.model, self.targets)
-        return {name: (layer.weight.shape[0], layer.weight.shape[1]) for name, layer in layers.items()}
+        return {name: site.shape for name, site in find_sites(self.model, self.targets).items()}
 
     @cached_property
     def count(self) -> int:

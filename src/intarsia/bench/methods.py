@@ -181,7 +181,8 @@ class _Bench:
         """Mean effective rank of what the run changed, over some of the weights."""
         edits = store.read(output).edits
         names = list(edits)[:: max(1, len(edits) // RANKED)][:RANKED]
-        ranks = [effective_rank(spectrum(edits[n], self.base.model.get_parameter(n).cpu())) for n in names]
+        weights = {n: self.base.model.get_parameter(n).detach().cpu().view(edits[n].shape) for n in names}
+        ranks = [effective_rank(spectrum(edits[n], weight)) for n, weight in weights.items()]
         return sum(ranks) / len(ranks)
 
     def _found(self, case: Case) -> dict[str, Any] | None:
