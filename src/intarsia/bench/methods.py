@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia import pretrained, store
-from intarsia.analyze import effective_rank, spectrum
+from intarsia.analyze import effective_rank, needs_weight, spectrum
 from intarsia.bench.budget import Scale
 from intarsia.bench.grid import Case, Entry, Grid, cases, check_methods, entries
 from intarsia.bench.machine import machine, write_json
@@ -177,13 +177,14 @@ class _Bench:
             found["other_loss"] = held_out_loss(model, tokenizer, self.rows.other)
         return found
 
-    def _rank(self, output: Path) -> float:
+    def _rank(self, output: Path) -> float | None:
         """Mean effective rank of what the run changed, over some of the weights."""
         edits = store.read(output).edits
-        names = list(edits)[:: max(1, len(edits) // RANKED)][:RANKED]
-        weights = {n: self.base.model.get_parameter(n).detach().cpu().view(edits[n].shape) for n in names}
-        ranks = [effective_rank(spectrum(edits[n], weight)) for n, weight in weights.items()]
-        return sum(ranks) / len(ranks)
+        weights = {n: self.base.model.get_parameter(n).detach().cpu() for n in edits}
+        names = [n for n in edits if not needs_weight(edits[n]) or weights[n].shape == edits[n].shape]
+        names = names[:: max(1, len(names) // RANKED)][:RANKED]
+        ranks = [effective_rank(spectrum(edits[n], weights[n] if needs_weight(edits[n]) else None)) for n in names]
+        return sum(ranks) / len(ranks) if ranks else None
 
     def _found(self, case: Case) -> dict[str, Any] | None:
         return next((row for row in self.done if case.key.items() <= row.items()), None)
