@@ -10,5 +10,6 @@ from intarsia.methods.shira import Shira
 from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
+from intarsia.methods.tokens import Tokens
 
-__all__ = ["Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella"]
+__all__ = ["Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
