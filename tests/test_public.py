@@ -19,12 +19,14 @@ from small import SITES, small_net, some_input
 PUBLIC = {
     "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
-    "load_adapter_state", "load_checkpoint", "read", "register", "registry", "replicate", "rows", "save",
-    "save_checkpoint", "shard", "sync",
+    "load_adapter_state", "load_checkpoint", "lottery", "read", "register", "registry", "regrow", "replicate", "rows", "save",
+    "save_checkpoint", "scorer", "shard", "sync",
 }  # fmt: skip
 
 SIGNATURES = {
-    "attach": "model, method, targets, name, exclude, data, loss, seed, progress",
+    "attach": "model, method, targets, name, exclude, data, loss, seed, progress, gathered",
+    "lottery": "model, method, train, targets, name, exclude, iterations, seed",
+    "regrow": "model, name, optimizer, data, share, scorer, loss",
     "activate": "model, names",
     "detach": "model, name",
     "rows": "model, names",
@@ -36,7 +38,7 @@ SIGNATURES = {
     "load_checkpoint": "model, folder, optimizer, name",
     "read": "folder",
     "digest": "model",
-    "Shira": "density, scorer, granularity, width, scale, offset, budget",
+    "Shira": "density, scorer, granularity, width, scale, offset, budget, schedule, every, swap",
     "Paca": "rank, alpha, select, parameterization",
     "Lora": "rank, alpha, scaling",
     "Dora": "inner, detach_norm",

@@ -98,6 +98,7 @@ def losses(outcome) -> list[tuple[int, float]]:
 
 METHODS = [
     {"name": "shira", "scorer": "snip"},
+    {"name": "shira", "schedule": "drop-and-grow", "every": 2, "swap": 0.3},
     {"name": "paca", "rank": 3},
     {"name": "lora", "rank": 3},
     {"name": "dora", "inner": {"name": "shira", "density": 0.1}},
@@ -291,7 +292,7 @@ def test_a_checkpoint_holds_nothing_of_the_base(config, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(  # in an epoch, at its end, at the end of the next, at the end of all
-    ("method", "step"), [*zip(METHODS, (2, 5, 10, STEPS), strict=True), (METHODS[0], 5), (METHODS[0], STEPS)]
+    ("method", "step"), [*zip(METHODS, (2, 5, 5, 10, STEPS), strict=True), (METHODS[0], 5), (METHODS[0], STEPS)]
 )
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_been(config, monkeypatch, method, step):
     whole = train(config(method, out="whole"))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from intarsia import registry
     from intarsia.deck import Deck
     from intarsia.distributed import load_checkpoint, replicate, save_checkpoint, shard
+    from intarsia.lottery import lottery
     from intarsia.method import Method
     from intarsia.methods import Dora, Lora, Paca, S2ft, Shira
     from intarsia.model import (
@@ -33,22 +34,24 @@ if TYPE_CHECKING:
         sync,
     )
     from intarsia.registry import register
+    from intarsia.schedule import regrow
     from intarsia.store import Adapter, read
+    from intarsia.support import scorer
 
 __all__ = [
     "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
-    "load_adapter_state", "load_checkpoint", "read", "register", "registry", "replicate", "rows", "save",
-    "save_checkpoint", "shard", "sync",
+    "load_adapter_state", "load_checkpoint", "lottery", "read", "register", "registry", "regrow", "replicate", "rows", "save",
+    "save_checkpoint", "scorer", "shard", "sync",
 ]  # fmt: skip
 
 _PLACES = {
     "Adapter": "store", "Deck": "deck", "Dora": "methods", "Lora": "methods", "Method": "method", "Paca": "methods",
     "S2ft": "methods", "Shira": "methods", "activate": "model", "active_names": "model", "adapter_state": "model",
     "attach": "model", "attached_names": "model", "detach": "model", "digest": "model", "export": "model", "load": "model",
-    "load_adapter_state": "model", "load_checkpoint": "distributed", "read": "store", "register": "registry",
-    "replicate": "distributed", "rows": "model", "save": "model", "save_checkpoint": "distributed",
-    "shard": "distributed", "sync": "model",
+    "load_adapter_state": "model", "load_checkpoint": "distributed", "lottery": "lottery", "read": "store",
+    "register": "registry", "regrow": "schedule", "replicate": "distributed", "rows": "model", "save": "model",
+    "save_checkpoint": "distributed", "scorer": "support", "shard": "distributed", "sync": "model",
 }  # fmt: skip
 
 

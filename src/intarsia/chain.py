@@ -414,6 +414,20 @@ def base_weight(layer: Any) -> Tensor:
     return weight
 
 
+@contextmanager
+def as_base(layers: Sequence[Any], name: str) -> Iterator[None]:
+    """Within the block, what a live adapter has written into the weights counts as the base, so that a dense gradient can be
+    taken of it. Nothing is written."""
+    before = [(layer, layer.active, layer.live) for layer in layers]
+    try:
+        for layer, active, _ in before:
+            layer.active, layer.live = tuple(each for each in active if each != name), None
+        yield
+    finally:
+        for layer, active, live in before:
+            layer.active, layer.live = active, live
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Some optimizers write through parameter.data, which no version counter sees.
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

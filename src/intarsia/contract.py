@@ -46,6 +46,7 @@ from intarsia.edits import Sum, place
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
+from intarsia.schedule import regrow
 from intarsia.site import Site
 
 Law = Callable[[Method], None]
@@ -799,6 +800,55 @@ def _attach_to(model: nn.Module, method: Method, given: Callable[[torch.dtype], 
     """Attach to the layer "up" of a net of any kind."""
     dtype = next(p.dtype for p in model.parameters())
     models.attach(model, method, "up", data=[given(dtype)], loss=_loss)
+
+
+@law
+def supports_move_exactly(method: Method) -> None:
+    """Where a support may move (``regrow``), its count stays; what is kept has its values, its bits and the optimizer's moments, what
+    is grown starts as the base; what is dropped, and the whole after detaching, is the base again, to the bit."""
+    if not isinstance(method, Sparse) or not method.moves_support:
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _net(dtype)
+        start = models.digest(model)
+        _attach(model, method)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        for _ in range(3):
+            _loss(model, _input(dtype)).backward()
+            optimizer.step()
+            states: dict[str, Any] = dict(models.states(model, "default"))
+            before = {name: _laid_out(state, optimizer) for name, state in states.items()}
+            moved = regrow(model, "default", optimizer, data=[_input(dtype)], share=0.3, loss=_loss)
+            _promise(bool(moved), "nothing moved")
+            _promise(models.digest(model) == start, f"the base changed in {dtype}")
+            for name, (there, *numbers) in before.items():
+                now, *after = _laid_out(states[name], optimizer)
+                gone, come = int((there & ~now).sum()), int((now & ~there).sum())
+                _promise(
+                    gone == come and (gone > 0) == (name in moved), f"{name}: {gone} entries dropped, {come} grown"
+                )
+                for what, old, new in zip(("changes", "first moments", "second moments"), numbers, after, strict=True):
+                    _same(new, torch.where(there & now, old, 0), f"{name}: {what} after moving in {dtype}")
+            live = model(_input(dtype))
+            models.activate(model)
+            models.activate(model, "default")
+            _same(model(_input(dtype)), live, f"output after setting in again in {dtype}")
+        optimizer.zero_grad()
+        models.detach(model, "default")
+        _promise(models.digest(model) == start, f"after moving, detaching does not give the base back in {dtype}")
+
+
+def _laid_out(state: Any, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Where the support is, and its changes and the optimizer's moments, as whole weights."""
+    unit, moments = state.granularity(), optimizer.state[state.values]
+    tensors = [
+        torch.ones_like(state.values),
+        state.method.change(state.raw()),
+        moments["exp_avg"],
+        moments["exp_avg_sq"],
+    ]
+    whole = [unit.scatter(state.shape, state.index, tensor.detach()) for tensor in tensors]
+    return [whole[0] > 0, *whole[1:]]
 
 
 @law

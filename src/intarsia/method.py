@@ -175,6 +175,14 @@ class Method(ABC):
         """The kinds of layers where it can sit as it is set: norms of inputs, and roles, are known for linear layers only."""
         return self.kinds & {"linear"} if "inputs" in self.needs() or self.roles_from() else self.kinds
 
+    def moves(self, step: int, steps: int) -> float:
+        """The share of the support that moves after an optimizer step: number ``step`` of ``steps``, the first is 1."""
+        return 0.0
+
+    def grows_by(self) -> str:
+        """The scorer by which a support that moves grows."""
+        return "gradient"
+
     def config(self) -> dict[str, Any]:
         """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""
         return {"name": self.name} | {

@@ -61,6 +61,7 @@ def attach(
     loss: Loss | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    gathered: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Freeze the base, put one adapter on every targeted layer, and make it the only active one. In place.
 
@@ -70,6 +71,7 @@ def attach(
             model's inputs, with labels where gradients are needed, or whatever ``loss(model, batch)`` takes.
         seed: with the layer's name, all that random choices depend on.
         progress: called with (done, all, what) during long work.
+        gathered: what the method needs of data, where it is known already: tensors by site and need, shaped as the weights.
 
     Raises:
         IntarsiaError: for targets that match nothing, a weight that cannot be adapted, a method that does not fit,
@@ -81,7 +83,11 @@ def attach(
     _check_name(model, name)
     targets, exclude = _patterns(targets), _patterns(exclude)
     targeted = find_sites(model, targets, exclude)
-    if method.needs() and data is None:
+    if "movement" in method.needs() and gathered is None:
+        raise IntarsiaError(
+            f"{method.name} chooses by movement, which a first training makes: call intarsia.lottery instead"
+        )
+    if method.needs() and data is None and gathered is None:
         raise IntarsiaError(
             f"{method.name} chooses by {', '.join(sorted(method.needs()))} and needs calibration data: pass data=[batch, ...]"
             f"{'' if method.needs() == {'inputs'} else ' with labels'}"
@@ -89,7 +95,7 @@ def attach(
     with _base_bits(model):
         sites = _taken(model, method, targeted)
         _planned(method, sites, seed)
-        states = _start(model, method, sites, data, loss, seed, progress)
+        states = _start(model, method, sites, data, loss, seed, progress, gathered)
     _put_on(model, name, Attached(method, targets, exclude, seed), states)
 
 
@@ -150,6 +156,7 @@ def _start(
     loss: Loss | None,
     seed: int,
     progress: Progress | None,
+    gathered: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, chain.State]:
     states: dict[str, chain.State] = {}
 
@@ -169,12 +176,12 @@ def _start(
             make(name, method, found)
 
     with Mapped() as surveys:
-        if method.needs():
+        if method.needs() and gathered is None:
             weights = {name: model.get_parameter(f"{name}.weight") for name in sites}
             gather(model, weights, method.needs(), data or (), use, loss, progress)
         else:
             for name in sites:
-                use(name, {})
+                use(name, gathered[name] if gathered else {})
         if method.chooses_together():
             for name, (here, found) in method.settle(sites, surveys.tensors, seed).items():
                 make(name, here, found)

@@ -18,6 +18,7 @@ from intarsia.method import Method, Start
 from intarsia.site import Site
 from intarsia.support import (
     BUDGETS,
+    CROWDED,
     GRANULARITIES,
     OF_THE_MODEL,
     OUTSIDE,
@@ -47,6 +48,9 @@ class Chosen(Sparse):
     width: int | None
     budget: str
     offset: int
+    schedule: str
+    every: int
+    swap: float
 
     def require_support(self) -> None:
         """For ``__post_init__``: one readable error for a support that cannot be."""
@@ -64,6 +68,19 @@ class Chosen(Sparse):
         self.require(ranks, "budget", "weight or neuron with the scorer random, which ranks no weight above another")
         in_rows = self.budget != "neuron" or self.granularity in ("element", "line")
         self.require(in_rows, "budget", f"another one: a {self.granularity} is no part of a single output row")
+
+        self.require(self.schedule in SCHEDULES, "schedule", "one of " + ", ".join(SCHEDULES))
+        self.require(self.every >= 1, "every", "1 or more optimizer steps")
+        self.require(0 < self.swap < 1, "swap", "in (0, 1), a share of the support")
+
+    def moves(self, step: int, steps: int) -> float:
+        """Every so many steps, a share that falls to nothing at three quarters of the run, so that all units are trained."""
+        if self.schedule == "fixed" or step % self.every:
+            return 0.0
+        return self.swap * max(0.0, 1 - step / (0.75 * steps))
+
+    def grows_by(self) -> str:
+        return self.scorer if self.scorer in CROWDED else "gradient"
 
     @abstractmethod
     def scale_of(self, shape: Shape, trained: int) -> float:

@@ -46,6 +46,8 @@ class _Block:
 class Coupled(Joint):
     """Subclasses say the share of each part and how a part's units are ranked; ``scope`` is model or block."""
 
+    moves_support = False  # rows and columns of one head or channel go together
+
     @abstractmethod
     def portions(self) -> Mapping[str, float]:
         """The share of the units that is trained, by part: q, k, v, o, gate, up, down."""

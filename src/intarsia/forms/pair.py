@@ -21,6 +21,8 @@ class Pair(Sparse):
     The sparse part is live as it is alone, so that it costs no product of its own; the other one is a branch.
     """
 
+    moves_support = False  # a gradient taken of W alone would leave the other part out
+
     sparse: Sparse  # the part that is trained in W itself
     beside: Delta  # the part beside it
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from intarsia.support import Granularity, Plan, Shape
 
 class Sparse(Delta):
     """State: ``values`` (trained, zero at the start) and ``index``; with ``start`` where the columns themselves are trained."""
+
+    moves_support: ClassVar[bool] = True  # whether any unit may be given up for any other (intarsia.regrow)
 
     @abstractmethod
     def granularity_at(self, shape: Shape) -> Granularity:
@@ -71,7 +73,12 @@ class Sparse(Delta):
         return None
 
     def init(self, site: Site, start: Start) -> dict[str, Tensor]:
-        index = self.choose(site, start) if start.index is None else start.index.to(site.weight.device)
+        return self.at_rest(
+            site, self.choose(site, start) if start.index is None else start.index.to(site.weight.device)
+        )
+
+    def at_rest(self, site: Site, index: Tensor) -> dict[str, Tensor]:
+        """The state on a support where nothing has changed."""
         shape = self.granularity_at(site.shape).values_shape(site.shape, len(index))
         return self._state(site, index, torch.zeros(shape, dtype=_wide(site), device=site.weight.device))
 

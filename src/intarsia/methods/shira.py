@@ -13,7 +13,7 @@ the calibration size, not fixed in the paper, is whatever data is given; ties go
 import math
 from dataclasses import dataclass
 
-from intarsia.forms import SCORER_NAMES, Chosen, auto_scale
+from intarsia.forms import SCHEDULES, SCORER_NAMES, Chosen, auto_scale
 from intarsia.method import option
 from intarsia.registry import register
 from intarsia.support import BUDGETS, CROWDED, GRANULARITIES
@@ -33,13 +33,16 @@ class Shira(Chosen):
     )
     offset: int = option(0, "struct: first row, so that adapters with different offsets overlap little")
     budget: str = option("weight", "whose share it is: " + ", ".join(BUDGETS))
+    schedule: str = option("fixed", "whether the support moves in training: " + ", ".join(SCHEDULES))
+    every: int = option(20, "drop-and-grow: optimizer steps between two moves")
+    swap: float = option(0.2, "drop-and-grow: share of the support that moves at first; 0 at three quarters of the run")
 
     name, title, paper = "shira", "SHiRA", "arXiv:2406.13175"
     formula, trained = "W' = W + s * scatter(values, index)", "density * O * I"
     default_lr = 4e-3
     small = (*({"density": 0.1, "scorer": s} for s in ("random", "struct", "magnitude", "snip", "wanda", "fisher", "residual",
                                                         "intarsia.support.scorers:gradient")),
-             {"density": 0.1, "scale": 3.0}, {"density": 0.1, "budget": "neuron"},
+             {"density": 0.1, "scale": 3.0}, {"density": 0.1, "budget": "neuron"}, {"density": 0.1, "schedule": "drop-and-grow"},
              *({"density": 0.1, "scorer": "snip", "budget": b} for b in ("neuron", "model", "layer")),
              *({"density": 0.2, "granularity": g} for g in ("column", "row", "diagonal")),
              *({"density": 0.3, "granularity": g, "width": 4} for g in ("line", "tile", "column", "row")))  # fmt: skip

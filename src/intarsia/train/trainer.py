@@ -40,6 +40,7 @@ from intarsia.model import activate, adapter_state, attach, attached_names, deta
 from intarsia.pretrained import Pretrained
 from intarsia.train.config import Config
 from intarsia.train.data import Example, collator
+from intarsia.train.moving import MovingSupport
 from intarsia.train.plan import Plan, plan
 from intarsia.train.plots import loss_curve
 from intarsia.train.progress import Log, Pace, Progress, clock
@@ -258,6 +259,7 @@ class AdapterTrainer(Trainer):
     def __init__(self, run: _Run, signals: _Signals, first: int) -> None:
         self.run, self.signals = run, signals
         self.aside: Path | None = None
+        self.batch: dict[str, Any] = {}  # the last that was trained on
         self.pace = Pace(run.steps, first)
         self.counted = 0  # tokens of this process
         before = [e for e in run.log.events if e["event"] == "step"]
@@ -270,7 +272,7 @@ class AdapterTrainer(Trainer):
             data_collator=run.collate,
             train_dataset=run.ready.train,
             eval_dataset=run.ready.held_out or None,
-            callbacks=[_AfterStep(self)],
+            callbacks=[MovingSupport(run.model, ADAPTER, lambda: [self._prepare_inputs(self.batch)]), _AfterStep(self)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -332,6 +334,7 @@ class AdapterTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         self.counted += int(inputs["attention_mask"].sum())
+        self.batch = dict(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
