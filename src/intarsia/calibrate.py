@@ -2,7 +2,7 @@
 
 ``gradient`` and ``fisher`` take a backward pass a batch. Each weight's gradient is handed on as soon as backward has finished
 it and is freed at once, so the peak memory is one layer's gradient; over several batches the running sums live in temporary
-files, mapped into memory, not in memory. ``inputs`` takes a forward pass a batch and no labels, and keeps one number an input.
+files, mapped into memory, not in memory. ``inputs`` and ``magnitudes`` take a forward pass a batch and no labels, and keep one number an input.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Progress = Callable[[int, int, str], None]
 Use = Callable[[str, Mapping[str, Tensor]], None]
 
 OF_BACKWARD = frozenset({"gradient", "fisher"})
+OF_FORWARD = frozenset({"inputs", "magnitudes"})
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -59,6 +60,7 @@ def gather(
         gradient  (O, I)  sum over batches of G, the loss gradient of the weight
         fisher    (O, I)  sum over batches of G^2
         inputs    (I,)    ||x_j|| over all tokens that reach the layer; those that ``attention_mask`` hides do not count
+        magnitudes (I,)   sum of |x_j| over them
 
     The model runs in eval mode, so that this is the same at every call; modes, ``requires_grad`` and ``.grad`` are as before
     when this returns or raises. The tensors are only valid during the call.
@@ -74,7 +76,7 @@ def gather(
         raise IntarsiaError("the calibration data is empty; scorers that look at data need at least one batch")
     backward = bool(needs & OF_BACKWARD)
     remaining = dict(weights)
-    inputs = _Inputs(model, weights) if "inputs" in needs else None
+    inputs = _Inputs(model, weights) if needs & OF_FORWARD else None
     with (
         _only_requiring_grad(model, list(weights.values()) if backward else []),
         Mapped() as sums,
@@ -84,7 +86,7 @@ def gather(
         def hand_on(name: str, found: dict[str, Tensor]) -> None:
             device = remaining.pop(name).device
             if inputs:
-                found["inputs"] = inputs.norms(name)
+                found |= {need: t for need, t in inputs.sums(name).items() if need in needs}
             use(name, {need: tensor.to(device) for need, tensor in found.items()})
 
         for number, batch in enumerate(batches):
@@ -188,6 +190,7 @@ class _Inputs:
         self.layers = {name: model.get_submodule(name) for name in weights}
         self.columns = {name: _linear_inputs(layer) for name, layer in self.layers.items()}
         self.squares: dict[str, Tensor] = {}
+        self.magnitudes: dict[str, Tensor] = {}
         self.mask: Tensor | None = None
 
     def begin(self, batch: Any) -> None:
@@ -198,9 +201,9 @@ class _Inputs:
     def reached(self, name: str) -> bool:
         return name in self.squares
 
-    def norms(self, name: str) -> Tensor:
-        """(I,)"""
-        return self.squares[name].sqrt()
+    def sums(self, name: str) -> dict[str, Tensor]:
+        """By need: (I,)."""
+        return {"inputs": self.squares[name].sqrt(), "magnitudes": self.magnitudes[name]}
 
     def __enter__(self) -> _Inputs:
         def see(layer: nn.Module, given: tuple[Any, ...], name: str) -> None:
@@ -225,8 +228,9 @@ class _Inputs:
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
             x = x[self.mask.to(x.device).bool()]
         wide = torch.promote_types(x.dtype, torch.float32)
-        squares = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=0, dtype=wide).square()
-        self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+        for sums, order in ((self.squares, 2), (self.magnitudes, 1)):
+            more = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), order, dim=0, dtype=wide) ** order
+            sums[name] = sums[name] + more if name in sums else more
 
 
 def _linear_inputs(layer: Any) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from intarsia.site import Site
 
 
-NEEDS = ("gradient", "fisher", "inputs", "movement")  # what can be gathered of data: see Start
+NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "movement")  # what can be gathered of data: see Start
 
 
 def option(default: Any, help: str) -> Any:
@@ -46,6 +46,7 @@ class Start:
         gradient: (O, I) float32 or wider, the loss gradient of the base summed over the calibration data.
         fisher: (O, I), the squares of the batches' gradients, summed.
         inputs: (I,), the norm of each input of the layer over all tokens of the calibration data.
+        magnitudes: (I,), the sum of each input's magnitude over them.
         movement: (O, I), how far a first, dense training moved the weight.
         index: the support itself, where it is known already.
 
@@ -56,6 +57,7 @@ class Start:
     gradient: Tensor | None = None
     fisher: Tensor | None = None
     inputs: Tensor | None = None
+    magnitudes: Tensor | None = None
     movement: Tensor | None = None
     index: Tensor | None = None
 
@@ -173,7 +175,7 @@ class Method(ABC):
 
     def sits_at(self) -> frozenset[str]:
         """The kinds of layers where it can sit as it is set: norms of inputs, and roles, are known for linear layers only."""
-        return self.kinds & {"linear"} if "inputs" in self.needs() or self.roles_from() else self.kinds
+        return self.kinds & {"linear"} if self.needs() & {"inputs", "magnitudes"} or self.roles_from() else self.kinds
 
     def moves(self, step: int, steps: int) -> float:
         """The share of the support that moves after an optimizer step: number ``step`` of ``steps``, the first is 1."""

@@ -90,7 +90,7 @@ def attach(
     if method.needs() and data is None and gathered is None:
         raise IntarsiaError(
             f"{method.name} chooses by {', '.join(sorted(method.needs()))} and needs calibration data: pass data=[batch, ...]"
-            f"{'' if method.needs() == {'inputs'} else ' with labels'}"
+            f"{'' if method.needs() <= {'inputs', 'magnitudes'} else ' with labels'}"
         )
     with _base_bits(model):
         sites = _taken(model, method, targeted)

@@ -257,7 +257,7 @@ def test_selections(tiny_llama):
             ia.attach(model, ia.S2ft(o=0.5, down=0.2, select=select, take=take, **BLOCK), data=[TOKENS], loss=_loss)
             for layer, name, width in ((0, "self_attn.o_proj", 16), (1, "mlp.down_proj", 1)):
                 W = layer_of(dense, f"model.layers.{layer}.{name}").weight
-                activation = seen[layer, name.partition(".")[2]].square().mean((0, 1)).sqrt()
+                activation = seen[layer, name.partition(".")[2]].abs().mean((0, 1))
                 score = {
                     "weight": W.norm(dim=0), "gradient": W.grad.norm(dim=0), "activation": activation,
                     "product": W.norm(dim=0) * activation,

@@ -6,6 +6,7 @@ are settled at once (``settle``). What stands at a weight afterwards is a :class
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,6 +71,11 @@ class Joint(Sparse):
     @abstractmethod
     def survey(self, site: Site, start: Start) -> Tensor:
         """The scores of the units of a weight, or of its parts one after the other."""
+
+    def require_scale(self) -> None:
+        """For ``__post_init__``."""
+        positive = isinstance(self.scale, float | int) and 0 < self.scale < math.inf
+        self.require(self.scale == "auto" or positive, "scale", "'auto' or a positive number")
 
     def chooses_together(self) -> bool:
         return True

@@ -7,14 +7,13 @@ x[..., S] is kept for the backward pass.
 
 Parts: q, k, v, o of attention, gate, up, down of the MLP, each with its share; by default o and down, the paper's choice.
 Chosen once for a block: rows and columns of one head or channel go together.  Grouped queries: see ``forms.coupled``.
-Selection: random; by weight, gradient, activation or product (weight * activation), a head's the mean over its channels,
-parts added up; ``take="small"`` is the paper's finding for activation and product.  ``scope="model"`` draws from all
-blocks together, as released.  Deviations: nothing is permuted, columns are read by index, so any set of heads can be
-trained under grouped queries; s follows from density and shape (``scale=1.0`` is the paper); the activation is the root
-mean square of a channel where the paper takes the mean of its magnitude.
+Selection: random; by weight, gradient, activation or product (weight * activation), a head's score the mean over its
+channels, parts added up; an activation is the mean of |x_j| where o or down reads it, and ``take="small"`` is the paper's
+finding for it and for product.  ``scope="model"`` chooses from all blocks together, as the released code draws.
+Deviations: nothing is permuted, columns are read by index, so any set of heads can be trained under grouped queries;
+s follows from density and shape (``scale=1.0`` is the paper).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,8 @@ from intarsia.forms import Coupled
 from intarsia.method import option
 from intarsia.registry import register
 
-SELECT = {"random": (), "weight": (), "gradient": ("gradient",), "activation": ("inputs",), "product": ("inputs",)}
+LOOKS = ("magnitudes",)
+SELECT = {"random": (), "weight": (), "gradient": ("gradient",), "activation": LOOKS, "product": LOOKS}
 
 
 @register
@@ -38,12 +38,8 @@ class S2ft(Coupled):
     gate: float = option(0.0, "share of the channels whose rows of the MLP's gate projection are trained")
     select: str = option("random", "what chooses them: " + ", ".join(SELECT))
     take: str = option("large", "which of them: those with large or with small scores")
-    scope: str = option(
-        "model", "the shares are of the whole model's heads and channels, or of each block's: model, block"
-    )
-    scale: float | str = option(
-        "auto", "factor in front of the values; 'auto' fits density and shape, 1.0 is the paper"
-    )
+    scope: str = option("model", "the shares are of all heads and channels of the model or of each block: model, block")
+    scale: float | str = option("auto", "factor before the values; 'auto' fits density and shape, 1.0 is the paper")
     layout: str = option("family", "names of the blocks: 'family', or by hand, 'gate, up > down; q, k, v > o / 64'")
 
     name, title, paper = "s2ft", "S2FT", "arXiv:2412.06289"
@@ -58,13 +54,12 @@ class S2ft(Coupled):
             self.require(0 <= share <= 1, part, "in [0, 1], a share of the heads or channels")
         self.require(bool(self.parts()), "down", "above 0, or another part's share: nothing would be trained")
         self.require(self.select in SELECT, "select", "one of " + ", ".join(SELECT))
-        self.require(SELECT[self.select] != ("inputs",) or all(self.portions()[reads] > 0 or not self.parts() & made
+        self.require(SELECT[self.select] != LOOKS or all(self.portions()[reads] > 0 or not self.parts() & made
                      for reads, made in (("o", {"q", "k", "v"}), ("down", {"up", "gate"}))), "select",
                      "another one: an activation is seen where it is read, so o (or down) needs a share too")  # fmt: skip
         self.require(self.take in ("large", "small"), "take", "large or small")
         self.require(self.scope in ("model", "block"), "scope", "model or block")
-        self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and 0 < self.scale < math.inf),
-                     "scale", "'auto' or a positive number")  # fmt: skip
+        self.require_scale()
 
     def portions(self):
         return {part: getattr(self, part) for part in ("q", "k", "v", "o", "gate", "up", "down")}
@@ -79,7 +74,7 @@ class S2ft(Coupled):
         W = start.given("gradient") if self.select == "gradient" else site.weight.detach()
         channels = torch.linalg.vector_norm(W, dim=0 if role.side == "columns" else 1, dtype=torch.float64)
         channels = channels.narrow(0, role.first * role.width, role.units * role.width)
-        if SELECT[self.select] == ("inputs",):  # what flows through a channel is seen where it is read
-            looks = start.given("inputs").double() if role.side == "columns" else torch.zeros_like(channels)
+        if SELECT[self.select] == LOOKS:  # what flows through a channel is seen where it is read
+            looks = start.given("magnitudes").double() if role.side == "columns" else torch.zeros_like(channels)
             channels = looks * (channels if self.select == "product" else 1.0)
         return channels.view(role.units, role.width).mean(1) * (1 if self.take == "large" else -1)

@@ -12,7 +12,6 @@ density and shape, an eighth of it as for all supports chosen by gradient (``sca
 and whole, so what a width does not divide is never trained.
 """
 
-import math
 from dataclasses import dataclass
 
 from intarsia.forms import Competing, Part
@@ -50,8 +49,7 @@ class Smt(Competing):
         self.require(self.of == "all" or self.parts() <= set(PARTS), "of", "'all', or some of " + ", ".join(PARTS))
         self.require(self.score in SCORES, "score", "one of " + ", ".join(SCORES))
         self.require(self.scope in ("model", "weight"), "scope", "model or weight")
-        self.require(self.scale == "auto" or (isinstance(self.scale, float | int) and 0 < self.scale < math.inf),
-                     "scale", "'auto' or a positive number")  # fmt: skip
+        self.require_scale()
         Tile(self.width)  # raises for a width that cannot be
 
     def parts(self):

@@ -6,6 +6,7 @@ from calibration data, as fields of ``start``:
     gradient   (O, I)   the loss gradient of the base, summed over the batches
     fisher     (O, I)   the squares of the batches' gradients, summed: the empirical Fisher information's diagonal
     inputs     (I,)     ||x_j||: the norm of each input of the layer over all tokens; takes forward passes only
+    magnitudes (I,)     sum |x_j| over them, likewise
     movement   (O, I)   |W1 - W0|: how far a first, dense training moved the weight (``intarsia.lottery``)
 
 A scorer of another package is named ``"package.module:function"``. The module is imported when a support is chosen, never
