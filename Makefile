@@ -15,7 +15,7 @@ INSTALL := $(PIP) install --quiet $(PIP_FLAGS) --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint types imports tests mutations format clean
+.PHONY: help setup demo test lint types imports tests quantised mutations format clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | awk -F'|' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -49,7 +49,7 @@ $(VENV)/.model: $(VENV)/.packages
 demo: setup ## the whole story on a small real model: make demo [ARGS=--quick]
 	@$(BIN)/intarsia demo $(ARGS)
 
-test: setup lint types imports tests ## everything that CI runs
+test: setup lint types imports tests quantised ## everything that CI runs
 
 lint: $(VENV)/.packages ## ruff and codespell
 	$(BIN)/ruff check .
@@ -64,6 +64,16 @@ imports: $(VENV)/.packages ## the import contracts: downward only
 
 tests: setup ## pytest alone: make tests [PYTEST_FLAGS="-k deck"]
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_FLAGS)
+
+# In a folder of their own: beside the other packages both would slow every import of transformers and PEFT, and torchao
+# would write lines of its own into every command's output.
+$(VENV)/quantised: $(VENV)/.packages
+	@echo "setup: installing bitsandbytes and torchao (47 MB) into $@"
+	@$(INSTALL) --no-deps --target $@ bitsandbytes torchao
+	@touch $@
+
+quantised: $(VENV)/quantised ## the tests that need bitsandbytes and torchao
+	PYTHONPATH=$(VENV)/quantised HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_quantised.py
 
 mutations: setup ## plant bugs in a copy of the package, one by one: which tests notice? (long)
 	$(BIN)/python tests/mutations.py

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError
 from intarsia.operators import Operator, operator_of
 
@@ -48,7 +49,7 @@ def _mapping(batch: Any) -> Mapping[str, Any]:
 
 def gather(
     model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
     needs: frozenset[str],
     data: Iterable[Any],
     use: Use,
@@ -66,7 +67,7 @@ def gather(
     when this returns or raises. The tensors are only valid during the call.
 
     Args:
-        weights: by the name of the layer that each belongs to.
+        weights: leaves, by the name of the layer that each belongs to.
 
     Raises:
         IntarsiaError: for no batches, a batch without loss, or a weight that the data does not reach.
@@ -186,7 +187,7 @@ class Mapped:
 class _Inputs:
     """Sums of squares of what comes into layers, gathered by hooks that only look."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         self.layers = {name: model.get_submodule(name) for name in weights}
         self.columns = {name: _linear_inputs(layer) for name, layer in self.layers.items()}
         self.squares: dict[str, Tensor] = {}
@@ -236,7 +237,10 @@ class _Inputs:
 def _linear_inputs(layer: Any) -> int:
     """I of a linear layer, 0 of any other."""
     operator = operator_of(layer)
-    return operator.matrix(layer.weight).shape[1] if isinstance(operator, Operator) and operator.kind == "linear" else 0
+    if not isinstance(operator, Operator) or operator.kind != "linear":
+        return 0
+    packing = packing_of(layer.weight)
+    return operator.matrix(layer.weight).shape[1] if packing.in_place else packing.shape(layer.weight)[1]
 
 
 @contextmanager
@@ -245,7 +249,7 @@ def _nothing() -> Iterator[None]:
 
 
 @contextmanager
-def _only_requiring_grad(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+def _only_requiring_grad(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     try:

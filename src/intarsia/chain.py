@@ -4,7 +4,8 @@ A layer is adapted by swapping its class in place, so base keys, ``isinstance``,
 ``torch.compile(fullgraph=True)`` survive. A layer that shares an embedding's weight (a tied head) is its *partner*: it
 computes with the same adapters, and what they learn sums over both. Where the lowest active adapter is sparse it is *live*: its values stand in the
 base weight itself, and the base's bits are kept aside. They are written after every optimizer step (a hook), never in a
-forward; a forward whose weight is out of date is an error, not a wrong answer.
+forward; a forward whose weight is out of date is an error, not a wrong answer. A packed weight (NF4, int8) cannot hold
+values: they are set into what every forward reads of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from intarsia import processes
+from intarsia.bases import Packing, packing_of
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
@@ -117,13 +120,17 @@ class Chain:
     def __call__(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         layer, states = self.layer, self.states
+        packing, weight = layer.packing, layer.weight
         if not states:
-            return layer.base_forward(x)  # type: ignore[no-any-return]
+            return layer.base_forward(x) if packing.in_place else packing.product(x, weight, layer.bias)  # type: ignore[no-any-return]
         top = states[-1]
         # Token numbers have no dtype to compute in; the weight's is the layer's own.
         p = top.cast(x.dtype if x.is_floating_point() else layer.weight.dtype, layer.operator)
-        if len(states) == 1 and layer.leading.live is not None:
-            return top.method.live(p, x, matrix(layer), bias(layer))  # type: ignore[attr-defined, no-any-return]
+        if len(states) == 1 and isinstance(top.method, Sparse):
+            if not packing.in_place:
+                return top.method.over(p, x, partial(packing.read, weight), packing.dtype(weight), layer.bias)
+            if layer.leading.live is not None:
+                return top.method.live(p, x, matrix(layer), bias(layer))
         return top.method.forward(p, x, Chain(layer, states[:-1]))
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -141,6 +148,7 @@ class OnChain:
 
     base_class: type[nn.Module]  # what it was before
     operator: Operator  # what it does with the weight
+    packing: Packing  # how the weight is stored
     base_forward: Any
 
     @property
@@ -283,9 +291,10 @@ def put_on(layer: Any, name: str, state: State, partners: Sequence[tuple[Any, Op
         layer.active, layer.live, layer.kept, layer.rows = (), None, None, None
         layer.row_count, layer.written, layer.shard = 0, (0, 0), None
         layer.partners = tuple(partner for partner, _ in partners)
+        layer.packing = packing_of(layer.weight)
         for partner, operator in partners:
             partner.__class__ = adapted(type(partner), Partner)
-            partner.leader, partner.operator = (layer,), operator
+            partner.leader, partner.operator, partner.packing = (layer,), operator, layer.packing
         _ADAPTED.add(layer)
     layer.adapters[name] = state.train(layer.training)
 
@@ -296,9 +305,10 @@ def take_off(layer: Any, name: str) -> None:
     if not layer.adapters:
         _ADAPTED.discard(layer)
         for partner in layer.partners:
-            del partner.leader, partner.operator
+            del partner.leader, partner.operator, partner.packing
             partner.__class__ = partner.base_class
-        for attribute in ("active", "live", "kept", "rows", "row_count", "written", "shard", "operator", "partners"):
+        own = ("active", "live", "kept", "rows", "row_count", "written", "shard", "operator", "packing", "partners")
+        for attribute in own:
             delattr(layer, attribute)
         del layer.adapters
         layer.__class__ = layer.base_class
@@ -321,12 +331,12 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 # ------------------------------------------------------------------ live weights
 def set_active(layer: Any, names: Sequence[str], live: bool = True) -> None:
-    """Make exactly these adapters act on the layer, lowest first; the lowest one live if it is sparse."""
+    """Make exactly these adapters act on the layer, lowest first; the lowest one live if it is sparse and the weight plain."""
     _take_out(layer)
     layer.active = tuple(name for name in names if name in layer.adapters)
     if layer.shard is not None and len(layer.active) > 1:
         live = False  # an adapter above may ask for the base's own weight, and each process keeps only its part's bits
-    if live and layer.active and isinstance(layer.adapters[layer.active[0]].method, Sparse):
+    if live and layer.active and layer.packing.in_place and isinstance(layer.adapters[layer.active[0]].method, Sparse):
         _set_in(layer, layer.active[0])
 
 
@@ -399,7 +409,13 @@ def versions(layer: Any) -> tuple[int, int]:
 
 
 def base_weight(layer: Any) -> Tensor:
-    """The base's own weight, (O, I): the layer's, or a copy with the kept bits put back where an adapter is live."""
+    """The base's own weight, (O, I): the layer's, or a copy with the kept bits put back where an adapter is live.
+
+    Of a packed weight the numbers that it stands for.
+    """
+    packing = packing_of(layer.weight)
+    if not packing.in_place:
+        return packing.read(layer.weight, packing.dtype(layer.weight))
     if not isinstance(layer, OnChain):
         operator = operator_of(layer)
         assert isinstance(operator, Operator)

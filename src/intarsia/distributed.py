@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain, processes
+from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.model import activate, active_names, adapter_state, load_adapter_state, record
 from intarsia.store import tensor_digest
@@ -62,6 +63,11 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
         raise IntarsiaError("this model is sharded already; attach every adapter first, then call intarsia.shard once")
     wholes = _blocks(model) if blocks is None else _checked(model, list(blocks))
     check_alike(model)
+    packed = [name for name, p in model.named_parameters() if not packing_of(p).in_place]
+    if packed:
+        raise IntarsiaError(
+            f"{packed[0]} is stored in fewer bits, and FSDP2 cannot deal its codes out by rows; call intarsia.replicate(model)"
+        )
     layers = chain.adapted_layers(model)
     ours = {p: None for layer in layers.values() for p in layer.adapters.parameters()}
     active = active_names(model)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain, families, processes, registry, store
+from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import Loss, Mapped, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
@@ -92,6 +93,7 @@ def attach(
             f"{method.name} chooses by {', '.join(sorted(method.needs()))} and needs calibration data: pass data=[batch, ...]"
             f"{'' if method.needs() <= {'inputs', 'magnitudes'} else ' with labels'}"
         )
+    keep_bits(model)
     with _base_bits(model):
         sites = _taken(model, method, targeted)
         _planned(method, sites, seed)
@@ -177,8 +179,8 @@ def _start(
 
     with Mapped() as surveys:
         if method.needs() and gathered is None:
-            weights = {name: model.get_parameter(f"{name}.weight") for name in sites}
-            gather(model, weights, method.needs(), data or (), use, loss, progress)
+            with differentiable({name: model.get_submodule(name) for name in sites}) as weights:
+                gather(model, weights, method.needs(), data or (), use, loss, progress)
         else:
             for name in sites:
                 use(name, gathered[name] if gathered else {})
@@ -360,8 +362,10 @@ def digest(model: nn.Module) -> str:
     """SHA-256 over all weights of the base, as hex: adapters on the model, live ones too, do not count."""
     # By layer, not by the word: a base may have modules of its own that are called adapters.
     ours = tuple(f"{name}.adapters.".lstrip(".") for name in chain.adapted_layers(model))
+    keep_bits(model)
     with _base_bits(model):
-        return store.weights_digest((k, t) for k, t in model.state_dict().items() if not k.startswith(ours))
+        named = ((k, t) for k, t in model.state_dict().items() if not k.startswith(ours))
+        return store.weights_digest((k + rest, t) for k, w in named for rest, t in packing_of(w).stored(w).items())
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -475,7 +479,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
         sites = {n: site_at(model, n) for n in names}
         made = {}
         for n, site in sites.items():
-            edit = adapter.edits[f"{n}.weight"].to(site.weight.device)
+            edit = adapter.edits[f"{n}.weight"].to(site.stored.device)
             with torch.no_grad():
                 here = method.at(edit, site)
                 made[n] = chain.State(here, site, here.restore(edit, site))
@@ -506,7 +510,7 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
             faults.append(f"{name}: the model has no such weight that can be adapted; {nearest(name, weights)}")
         elif isinstance(operator, str):
             faults.append(f"{name}: {operator}")
-        elif (found := tuple(operator.matrix(model.get_parameter(name)).shape)) != tuple(edit.shape):
+        elif (found := site_at(model, name.removesuffix(".weight")).shape) != tuple(edit.shape):
             faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
         elif (said := layouts.get(name, PLAIN) if isinstance(layouts, Mapping) else "?") != operator.layout:
             faults.append(f"{name}: the adapter edits a weight stored {said}, the model stores it {operator.layout}")
@@ -524,9 +528,10 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
             if dtype != adapter.base.dtype
             else "its weights differ"
         )
+        so = f" with load_in={adapter.base.dtype!r}" if adapter.base.dtype in LOAD_IN else ""
         raise IntarsiaError(
             f"{where} belongs to another base ({why}): made on {adapter.base.source or 'a model'} with digest "
-            f"{adapter.base.digest[:12]}, this model has {base_digest[:12]}. Load that base, or pass any_base=True to use it all the same"
+            f"{adapter.base.digest[:12]}, this model has {base_digest[:12]}. Load that base{so}, or pass any_base=True to use it all the same"
         )
 
 
@@ -604,7 +609,8 @@ def _only(model: nn.Module) -> str:
 
 
 def _dtype(model: nn.Module, edits: Mapping[str, Any]) -> str:
-    return store.dtype_name(model.get_parameter(next(iter(edits))).dtype)
+    weight = model.get_parameter(next(iter(edits)))
+    return packing_of(weight).name(weight)
 
 
 def _source(model: nn.Module) -> str:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from intarsia import bases
 from intarsia.errors import IntarsiaError, nearest
 
 if TYPE_CHECKING:
@@ -79,20 +80,28 @@ def load(
     name: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str = "auto",
+    load_in: str | None = None,
     device: torch.device | str | None = None,
     progress: Say | None = None,
 ) -> Pretrained:
     """Load the model and the tokenizer of a local folder, a ``.gguf`` file, a hub id or an alias.
 
-    ``dtype="auto"`` keeps the dtype of the file: bfloat16 for a GGUF. ``progress`` gets a line now and then.
+    ``dtype="auto"`` keeps the dtype of the file: bfloat16 for a GGUF. ``load_in``: ``nf4`` or ``int8`` stores the linear
+    weights in fewer bits (see :func:`intarsia.bases.quantise`); the same bits on every device, for the CPU rounds them.
+    ``progress`` gets a line now and then.
     Raises IntarsiaError where there is no such model, or where it is incomplete, broken or of no use here.
     """
     wanted, place = _dtype(dtype), _device(device)
+    if load_in is not None:
+        bases.check_load_in(load_in)
     folder = locate(name, progress=progress)
     (progress or _silent)(f"loading {name}")
     model, tokenizer = _read(folder, wanted)
     # What an adapter records as its base: the name that finds it again elsewhere, not a folder of this machine's cache.
     model.name_or_path = model.config._name_or_path = os.fspath(name)
+    if load_in is not None:
+        (progress or _silent)(f"storing the linear weights in {load_in}")
+        bases.quantise(model, load_in)
     if place is not None:
         model.to(place)
     return Pretrained(model, tokenizer, os.fspath(name), folder)

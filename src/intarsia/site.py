@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import processes
+from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.operators import ADAPTABLE, LINEAR, Embedding, Linear, Operator, Tied, operator_of
 from intarsia.role import Role
@@ -30,7 +31,7 @@ class Site:
 
     Attributes:
         name: dotted name of the module, e.g. ``model.layers.0.self_attn.q_proj``.
-        weight: (out_features O, in_features I), a view of the stored weight: the base's own bits while an adapter is made.
+        stored: the weight as the layer has it.
         bias: (O,) or None.
         roles: what it is in its attention or MLP block, for methods that ask (``Method.roles_from``).
         operator: what the layer does with the weight.
@@ -38,16 +39,26 @@ class Site:
     """
 
     name: str
-    weight: Tensor
+    stored: Tensor
     bias: Tensor | None
     roles: tuple[Role, ...] = ()
     operator: Operator = LINEAR
     tied: tuple[str, ...] = ()
 
     @property
+    def weight(self) -> Tensor:
+        """(out_features O, in_features I), a view of the stored weight: the base's own bits while an adapter is made.
+
+        Of a packed base the numbers that they stand for, made anew each time: no more than one such matrix is there at once.
+        """
+        packing = packing_of(self.stored)
+        return self.operator.matrix(packing.read(self.stored, packing.dtype(self.stored)))
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
-        rows, columns = self.weight.shape
+        packing = packing_of(self.stored)
+        rows, columns = self.weight.shape if packing.in_place else packing.shape(self.stored)
         return rows, columns
 
 
@@ -62,7 +73,7 @@ def site_at(model: nn.Module, name: str) -> Site:
     operator = operator_of(layer)
     assert isinstance(operator, Operator)
     bias = getattr(layer, "bias", None)
-    return Site(name, operator.matrix(layer.weight), bias, (), operator, tuple(partners(model, name)))
+    return Site(name, layer.weight, bias, (), operator, tuple(partners(model, name)))
 
 
 def find_sites(model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = ()) -> dict[str, Site]:
@@ -215,6 +226,11 @@ def _unfit(model: nn.Module, name: str, layer: Any, tied: Sequence[str]) -> str 
         if leader is not None:
             return f"{name}: its weight is tied to {leader}; name {leader.rpartition('.')[0]!r} instead, and both are adapted as one"
         return f"{name}: its weight is tied to {', '.join(alone)}, which would change with it; exclude {name!r}"
+    packing = packing_of(layer.weight)
+    if not packing.in_place:
+        if operator != LINEAR:
+            return f"{name}: a {type(layer).__name__} stored in {packing.name(layer.weight)} cannot be adapted; exclude {name!r}"
+        return f"{name}: {fault}" if (fault := packing.fault(layer.weight)) else None
     if layer.weight.ndim < 2 or not layer.weight.is_floating_point():
         return f"{name}: weight {tuple(layer.weight.shape)} of {layer.weight.dtype} is not a plain matrix of floats"
     if layer.weight.is_meta:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from intarsia import model as attached
 from intarsia import store
+from intarsia.bases import packing_of
 from intarsia.edits import Edit, Placement, place
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.operators import Operator, operator_of
@@ -72,7 +73,7 @@ class Deck:
 
         Raises:
             IntarsiaError: for a name that is taken, a folder that is not whole, an adapter of another base
-                (``any_base=True`` takes that risk) or of other shapes.
+                (``any_base=True`` takes that risk) or of other shapes, or one that changes a packed weight (NF4, int8).
         """
         pairs = [(f.name if isinstance(f, store.Adapter) else Path(f).resolve().name, f) for f in folders] + list(
             named.items()
@@ -90,6 +91,7 @@ class Deck:
                 str(source) if not isinstance(source, store.Adapter) else name,
                 None if any_base else self.base_digest,
             )
+            self._check_plain(name, adapter)
             edits = {w: edit.to(self._weights[w].device) for w, edit in adapter.edits.items()}
             fresh[name] = store.Adapter(adapter.name, edits, adapter.base, adapter.method, adapter.about, adapter.note)
         with self._lock:
@@ -134,6 +136,19 @@ class Deck:
                 "something other than the deck wrote into its weights. Load the base again"
             )
         return found
+
+    def _check_plain(self, name: str, adapter: store.Adapter) -> None:
+        packed = {w: packing_of(self._weights[w]) for w in adapter.edits}
+        packed = {w: packing for w, packing in packed.items() if not packing.in_place}
+        if packed:
+            first, packing = next(iter(packed.items()))
+            stored = packing.name(self._weights[first])
+            more = f" and {len(packed) - 1} more weights are" if len(packed) > 1 else " is"
+            raise IntarsiaError(
+                f"{name!r} cannot be set in: {first}{more} stored in {stored}, where no entry can be written without "
+                "changing its neighbours. Use the adapter beside the weights: intarsia.load(model, folder), activate, rows; "
+                "or make them plain first: intarsia.bases.dequantise(model), then deck.add(..., any_base=True)"
+            )
 
     def _known(self, name: str) -> str:
         if name not in self._adapters:

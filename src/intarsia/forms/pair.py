@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from intarsia.edits import Edit, Sum
 from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
-from intarsia.forms.sparse import Sparse
+from intarsia.forms.sparse import Read, Sparse
 from intarsia.method import Start
 from intarsia.site import Site
 from intarsia.support import Granularity, Shape
@@ -69,6 +70,9 @@ class Pair(Sparse):
 
     def live(self, p: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return self.sparse.live(p, x, W, b) + self.beside.branch(p, x)
+
+    def over(self, p: Any, x: Tensor, read: Read, stored: torch.dtype, b: Tensor | None) -> Tensor:
+        return self.sparse.over(p, x, read, stored, b) + self.beside.branch(p, x)
 
     def edit(self, p: Any) -> Edit:
         return Sum(p.shape, (self.sparse.edit(p), self.beside.edit(p)))

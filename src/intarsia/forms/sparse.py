@@ -1,9 +1,11 @@
 """The sparse form: a part of W itself is trained, W' = W + scale * values on a support.
 
-Two ways to compute, equal by law:
+Three ways to compute, equal by law:
 
 * *live*: the base weight holds the trained values, so forward is the base's own product; backward keeps only what the
   support needs and computes the gradient of the support alone. ``chain`` writes the values after each optimizer step.
+* *over*: the base is packed (NF4, int8) and cannot hold them. Forward reads it, sets the values into the copy and drops it;
+  backward does so again. Kept are the packed weight and what *live* keeps.
 * *branch*: beside an untouched base, for stacks, per-row adapters, and wrappers such as DoRA.
 
 The values are float32 masters (float64 on a float64 base); the live weight is their sum with the base, rounded once.
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +32,8 @@ from intarsia.method import Start
 from intarsia.operators import Operator
 from intarsia.site import Site
 from intarsia.support import Granularity, Plan, Shape
+
+Read = Callable[[torch.dtype], Tensor]  # of a packed weight: its numbers (O, I), a new tensor each time
 
 
 class Sparse(Delta):
@@ -115,6 +121,19 @@ class Sparse(Delta):
             x, b = x.to(cast), None if b is None else b.to(cast)
         unit, scale = self.granularity_at(p.shape), self.scale_at(p.shape)
         return _Live.apply(x, W, b, p.values, p.index, p.operator, unit, p.shape, scale, cast is not None, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
+
+    def over(self, p: Any, x: Tensor, read: Read, stored: torch.dtype, b: Tensor | None) -> Tensor:
+        """Forward with a base that cannot hold the values: ``read`` gives its numbers, of the dtype ``stored``, anew."""
+        x = x.to(_autocast_dtype(x) or x.dtype)
+        b = None if b is None else b.to(x.dtype)
+        read = partial(read, torch.promote_types(stored, x.dtype) if x.dtype == torch.float64 else stored)
+        return _Over.apply(x, b, p.values, p.index, self, p, read, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
+
+    def set_into(self, p: Any, W: Tensor) -> Tensor:
+        """W with the change added on the support, in float32 or wider, and rounded once. In place."""
+        unit, change = self.granularity_at(p.shape), self.change(p)
+        unit.put(W, p.index, (unit.gather(W, p.index).to(change.dtype) + change).to(W.dtype))
+        return W
 
     def edit(self, p: Any) -> Edit:
         return SparseEdit(
@@ -210,6 +229,43 @@ class _Live(torch.autograd.Function):
             gv = gv.to(ctx.dtype) * ctx.scale
         gb = ctx.operator.bias_gradient(gy) if ctx.needs_input_grad[2] else None
         return gx, None, gb, gv, *(None for _ in range(6 + len(plan)))
+
+
+class _Over(torch.autograd.Function):
+    """The layer's product with W = the base's numbers with the values set in. Made in forward and again in backward, never kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        b: Tensor | None,
+        values: Tensor,
+        index: Tensor,
+        method: Sparse,
+        p: Any,
+        read: Callable[[], Tensor],
+        *plan: Tensor,
+    ) -> Tensor:
+        unit = method.granularity_at(p.shape)
+        kept = p.operator.keep(x, unit, index, plan) if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, values, index, *plan)  # values: to notice when they are written before backward
+        ctx.method, ctx.p, ctx.read, ctx.x_shape = method, p, read, x.shape
+        y: Tensor = p.operator.product(x, method.set_into(p, read()).to(x.dtype), b)
+        return y
+
+    @staticmethod
+    @once_differentiable  # what is kept has no graph, so a second derivative would be wrong without a word
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, values, index, *plan = ctx.saved_tensors
+        method, p = ctx.method, ctx.p
+        gx = gv = None
+        if ctx.needs_input_grad[0]:
+            gx = p.operator.input_gradient(gy, method.set_into(p, ctx.read()).to(gy.dtype), ctx.x_shape)
+        if ctx.needs_input_grad[2]:
+            gv = p.operator.support_gradient(gy, kept, method.granularity_at(p.shape), index, plan, p.shape)
+            gv = gv.to(values.dtype) * method.scale_at(p.shape)
+        gb = p.operator.bias_gradient(gy) if ctx.needs_input_grad[1] else None
+        return gx, gb, gv, *(None for _ in range(4 + len(plan)))
 
 
 class _Branch(torch.autograd.Function):

@@ -115,6 +115,9 @@ class Config(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the base; auto: its own"
     )
+    load_in: Literal["nf4", "int8"] | None = Field(
+        default=None, description="store the base's linear weights in fewer bits; the adapter then belongs to that base"
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
 
     @model_validator(mode="before")

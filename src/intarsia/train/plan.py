@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from intarsia import processes, registry
+from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
 from intarsia.model import attached_names, digest
@@ -100,7 +101,9 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     method = registry.build(config.method)
     if pretrained is None:
         device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
-        pretrained = load_pretrained(config.model, dtype=config.dtype, device=device, progress=progress.say)
+        pretrained = load_pretrained(
+            config.model, dtype=config.dtype, load_in=config.load_in, device=device, progress=progress.say
+        )
     elif config.train.shard:
         raise IntarsiaError(
             "train.shard deals the base out for good; leave pretrained out, so that train() loads its own"
@@ -117,7 +120,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     per_row = sum(len(e.input_ids) for e in train) / len(train)
     estimate = Estimate(
         trained=trained,
-        base=sum(p.numel() for p in model.parameters()),
+        base=sum(packing_of(p).shape(p).numel() for p in model.parameters()),
         sites=len(planned),
         targeted=len(targeted),
         optimizer_bytes=optimizer,
