@@ -245,7 +245,7 @@ def test_a_sharded_run_that_one_process_was_told_to_stop_goes_on_to_the_same_ada
     first, second = results(place, "trainings")
     assert first == second
     assert first["stopped"] == first["resumed from"] == 5
-    assert first["resumed"] == first["whole"]
+    assert off(ia.read(place / "shard").tensors(), ia.read(place / "ddp").tensors()) < CLOSE_SINGLE
     assert not (place / "shard.unfinished").exists()
     assert "exists already" in first["refused"]
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import intarsia as ia
 from intarsia import chain, processes, registry
@@ -35,10 +35,10 @@ METHODS: dict[str, ia.Method] = {
     "low rank": ia.Lora(rank=2),
     "columns": ia.Paca(rank=3),
     "elements": ia.Shira(density=0.1),
-    "rows of a rescaled weight": ia.Dora(ia.Shira(density=0.1)),
 }
 # Every method at its first quick setting, whatever has been added since.
 EVERY = {name: registry.build({"name": name} | dict(kind.small[0])) for name, kind in registry.methods().items()}
+STORED_OTHERWISE, TARGETS = "tiles of weights stored otherwise", ["c_attn", "c_fc", "wte"]
 LIVE: dict[str, ia.Method] = {
     "elements": ia.Shira(density=0.05),
     "rows": ia.Shira(density=0.2, granularity="row"),
@@ -46,6 +46,7 @@ LIVE: dict[str, ia.Method] = {
     "lines": ia.Shira(density=0.2, granularity="line", width=8),
     "tiles": ia.Shira(density=0.3, granularity="tile", width=8),
     "columns": ia.Paca(rank=3),
+    STORED_OTHERWISE: ia.Shira(density=0.2, granularity="tile", width=5),
 }
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DistributedDataParallel,  # as accelerate makes it
@@ -100,6 +101,16 @@ def whole_run(method: ia.Method, wrap: Callable[[nn.Module], nn.Module], rank: i
     return found | {"moved": max((state[k] - start[k]).abs().max().item() for k in state)}
 
 
+def small_gpt2() -> GPT2LMHeadModel:
+    """Weights stored as (in, out), and a head that shares the embedding's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=65, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None
+        )
+        return GPT2LMHeadModel(config).to(torch.bfloat16)
+
+
 def small_llama(dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -133,9 +144,9 @@ def live_bits(rank: int, folder: Path) -> dict[str, Any]:
     """Values set into the rows of a bfloat16 transformer that each process holds, gathered to the whole weights."""
     found = {}
     for name, method in LIVE.items():
-        model = small_llama()
+        model = small_gpt2() if name == STORED_OTHERWISE else small_llama()
         before = {k: p.detach().clone() for k, p in model.named_parameters()}
-        ia.attach(model, method)
+        ia.attach(model, method, TARGETS if name == STORED_OTHERWISE else "all-linear")
         ia.shard(model)
         stir(model, size=0.5)
         names = [f"{site}.weight" for site in chain.adapted_layers(model)]
@@ -252,7 +263,8 @@ def config(folder: Path, out: str, shard: bool = False, **train_keys: Any) -> An
             "data": str(folder / "d.jsonl"),
             "method": {"name": "shira", "density": 0.1, "scorer": "snip"},
             "output": str(folder / out),
-            "train": {"steps": 11, "batch_size": 12, "save_every": 3, "eval_every": 6, "lr": 1e-2, "shard": shard}
+            "train": {"steps": 11, "batch_size": 7, "accumulate": 2, "save_every": 3, "eval_every": 6, "lr": 1e-2}
+            | {"shard": shard, "gradient_checkpointing": shard}
             | train_keys,
         }
     )
