@@ -238,16 +238,15 @@ def test_a_run_of_two_processes_is_the_run_of_one(place: Path, tmp_path: Path) -
     assert outcome.tokens <= first["losses"][3] < 1.1 * outcome.tokens  # rows that weigh nothing are counted too
     assert ia.read(place / "ddp").base == ia.read(outcome.output).base
     steps = [json.loads(line) for line in (place / "ddp" / "log.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in steps if e["event"] == "step"] == list(range(1, 12))  # one process writes
+    assert [e["step"] for e in steps if e["event"] == "step"] == list(range(1, 8))  # one process writes
 
 
 def test_a_sharded_run_that_one_process_was_told_to_stop_goes_on_to_the_same_adapter(place: Path) -> None:
     first, second = results(place, "trainings")
     assert first == second
-    assert first["stopped"] == first["resumed from"] == 5
+    assert first["stopped"] == first["resumed from"] == 4
     assert off(ia.read(place / "shard").tensors(), ia.read(place / "ddp").tensors()) < CLOSE_SINGLE
     assert not (place / "shard.unfinished").exists()
-    assert "exists already" in first["refused"]
 
 
 def test_one_process_speaks_on_the_command_line(place: Path) -> None:
@@ -255,7 +254,7 @@ def test_one_process_speaks_on_the_command_line(place: Path) -> None:
     assert first["mistake"]["code"] == second["mistake"]["code"] == 2
     assert "did you mean" in first["mistake"]["messages"]
     assert first["run"]["code"] == second["run"]["code"] == 0
-    assert "step 11/11" in first["run"]["messages"]
+    assert "step 7/7" in first["run"]["messages"]
     assert "sha256" in first["run"]["out"]
     for said in (second["mistake"], second["run"]):
         assert said["out"] == said["messages"] == ""

@@ -263,7 +263,7 @@ def config(folder: Path, out: str, shard: bool = False, **train_keys: Any) -> An
             "data": str(folder / "d.jsonl"),
             "method": {"name": "shira", "density": 0.1, "scorer": "snip"},
             "output": str(folder / out),
-            "train": {"steps": 11, "batch_size": 7, "accumulate": 2, "save_every": 3, "eval_every": 6, "lr": 1e-2}
+            "train": {"steps": 7, "batch_size": 7, "accumulate": 2, "save_every": 3, "eval_every": 6, "lr": 1e-2}
             | {"shard": shard, "gradient_checkpointing": shard}
             | train_keys,
         }
@@ -278,7 +278,7 @@ def trainings(rank: int, folder: Path) -> dict[str, Any]:
     usual = trainer_module._AfterStep.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == 5 and rank == 1:  # the signal reaches one of them alone
+        if state.global_step == 4 and rank == 1:  # the signal reaches one of them alone
             self.trainer.signals.caught = 15
         usual(self, args, state, control, **more)
 
@@ -290,19 +290,12 @@ def trainings(rank: int, folder: Path) -> dict[str, Any]:
         stopped = error.step
     trainer_module._AfterStep.on_step_end = usual  # type: ignore[method-assign]
     resumed = train(config(folder, "shard", shard=True))
-    try:
-        train(config(folder, "shard", shard=True))
-    except ia.IntarsiaError as error:
-        refused = str(error)
-    else:
-        refused = ""
     return {
         "whole": whole.digest,
         "stopped": stopped,
         "resumed from": resumed.resumed_from,
         "resumed": resumed.digest,
         "losses": (whole.base_loss, whole.eval_loss, whole.train_loss, whole.tokens),
-        "refused": refused,
     }
 
 
