@@ -291,8 +291,15 @@ def test_a_checkpoint_holds_nothing_of_the_base(config, monkeypatch, tmp_path):
     assert {"adapter.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} == set(sizes)
 
 
+STATEFUL = [  # what a step does depends on the steps before it
+    ({"name": "mosa-sparse-adapters", "rank": 3}, 5),
+    ({"name": "snella", "rank": 4, "sparsity": 0.6, "every": 4}, 6),
+]
+
+
 @pytest.mark.parametrize(  # in an epoch, at its end, at the end of the next, at the end of all
-    ("method", "step"), [*zip(METHODS, (2, 5, 5, 10, STEPS), strict=True), (METHODS[0], 5), (METHODS[0], STEPS)]
+    ("method", "step"),
+    [*zip(METHODS, (2, 5, 5, 10, STEPS), strict=True), (METHODS[0], 5), (METHODS[0], STEPS), *STATEFUL],
 )
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_been(config, monkeypatch, method, step):
     whole = train(config(method, out="whole"))

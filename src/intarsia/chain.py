@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from intarsia import processes
 from intarsia.bases import Packing, packing_of
@@ -444,21 +444,36 @@ def as_base(layers: Sequence[Any], name: str) -> Iterator[None]:
             layer.active, layer.live = active, live
 
 
-def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # Some optimizers write through parameter.data, which no version counter sees.
+def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> set[int]:
+    """Call a hook of the methods whose states take part in a step. -> the ids of the parameters that do."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers: list[Any] = list(_ADAPTED)
-    for layer in layers:
-        for state in layer.adapters.values():
+    for layer in list(_ADAPTED):
+        states: Any = layer.adapters
+        for state in states.values():
+            if getattr(type(state.method), hook) is getattr(Method, hook):
+                continue
             if any(id(parameter) in stepped and parameter.grad is not None for parameter in state.parameters()):
                 with torch.no_grad():
-                    state.method.after_step(state.raw())
+                    getattr(state.method, hook)(state.raw())
+    return stepped
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    _stepping(optimizer, "before_step")
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Some optimizers write through parameter.data, which no version counter sees.
+    stepped = _stepping(optimizer, "after_step")
+    layers: list[Any] = list(_ADAPTED)
+    for layer in layers:
         if layer.live is None:
             continue
         if id(layer.adapters[layer.live].values) in stepped or versions(layer) != layer.written:
             write(layer)
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
 
 

@@ -133,6 +133,9 @@ class Method(ABC):
         """Constants that follow from the state and are not saved with it; made once, met again as ``p.plan``."""
         return ()
 
+    def before_step(self, p: Any) -> None:  # noqa: B027
+        """Called before every optimizer step that this state takes part in, with the gradients there (``p.A.grad``)."""
+
     def after_step(self, p: Any) -> None:  # noqa: B027  # most methods have nothing to do here
         """Called after every optimizer step that this state took part in; may write constants of the state, in place."""
 

@@ -99,8 +99,8 @@ class Kernel(Edit):
             if tensor.dtype != A.dtype or tensor.dtype.itemsize < 4:
                 raise IntarsiaError(f"{name} is {tensor.dtype}; expected float32 or float64, the same for all")
         zeros, rule, kernel, scale = (facts.get(key) for key in ("zeros", "rule", "kernel", "scale"))
-        if not isinstance(zeros, int) or isinstance(zeros, bool) or not 0 <= zeros < shape[0] * shape[1]:
-            raise IntarsiaError(f"zeros is {zeros!r}; expected a whole number below {shape[0] * shape[1]}")
+        if not isinstance(zeros, int) or isinstance(zeros, bool) or not 0 <= zeros <= shape[0] * shape[1]:
+            raise IntarsiaError(f"zeros is {zeros!r}; expected a whole number up to {shape[0] * shape[1]}")
         if not isinstance(rule, str) or rule not in RULES or not isinstance(kernel, str) or kernel not in KERNELS:
             raise IntarsiaError(
                 f"rule {rule!r} and kernel {kernel!r}; expected one of {', '.join(RULES)} and of {', '.join(KERNELS)}"

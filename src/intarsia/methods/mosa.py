@@ -31,7 +31,7 @@ class Mosa(Split, Lora):
     share: str = option("none", "the factor that all experts share; none: both are split, down: A is shared, up: B")
 
     name, title, paper = "mosa-sparse-adapters", "MoSA", "arXiv:2312.02923"
-    formula, trained = "W' = W + s B A, both of E disjoint experts", "r (O + I)"
+    formula, trained = "W' = W + s B A, of E disjoint experts", "r (O + I)"
     default_lr = 4e-3
     small = ({"rank": 2}, {"rank": 3, "experts": 3, "share": "down"})
 

@@ -34,6 +34,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from intarsia import distributed, processes, store
+from intarsia.allocators import compete
 from intarsia.errors import IntarsiaError
 from intarsia.evaluate import answer_loss, answer_sums
 from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state
@@ -377,13 +378,14 @@ class AdapterTrainer(Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Moves the live line, and ends the run after a step if a signal came."""
+    """Lets layers compete, moves the live line, and ends the run after a step if a signal came."""
 
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
+        compete(trainer.run.model, ADAPTER, state.global_step, state.max_steps)
         if state.global_step >= state.max_steps:
             control.should_log = True
         if not control.should_log:  # otherwise the line comes with the loss
