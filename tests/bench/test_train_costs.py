@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 import sys
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import intarsia as ia
@@ -73,7 +75,13 @@ def test_the_result_is_plain_and_the_table_names_everybody(costs: Costs, tmp_pat
     assert row["setting"]["granularity"] == "column"
     assert set(row["ratios"]) == {"floor", "full", "peft-lora@r16", "peft-shira@r16"}
     assert row["ratios"]["peft-shira@r16"]["attach"] > 0
-    assert costs.table("float32").row_count == len(costs.rows)
+    assert [table.row_count for table in costs.tables("float32")] == [len(costs.rows)]
+    narrow = Console(width=80, file=io.StringIO())
+    for table in costs.tables("float32", 80):
+        narrow.print(table)
+    shown = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert all(shown.count(f"{row.subject} ") >= 2 for row in costs.rows)
     assert costs.picture(tmp_path / "costs.png").stat().st_size > 10_000
 
 

@@ -137,29 +137,31 @@ class Costs:
         }
 
     # ------------------------------------------------------------------ for people
-    def table(self, dtype: str) -> Table:
-        """One dtype: times, ratios of whole steps, memory."""
-        table = Table(title=f"{dtype}, {self.about['settings']['model']}", title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")  # fmt: skip
-        table.add_column("contender", no_wrap=True)
-        against = [found for stem in self.against if (found := self.find(stem, dtype))]
+    def tables(self, dtype: str, width: int = 160) -> list[Table]:
+        """One dtype: times, ratios of whole steps, memory. On a narrow terminal time and memory are two tables."""
+        rows, against = self.of(dtype), [found for stem in self.against if (found := self.find(stem, dtype))]
         lora = self.find("peft-lora", dtype)
-        longest = any(row.longest is not None for row in self.of(dtype))
-        heads = ["trained", "step", "±", "optimizer", *(f"/ {o.stem}" for o in against)]
-        heads += ["kept", *(["/ peft-lora"] if lora else []), "peak", "optim. state", "attach"]
-        for head in heads + (["longest"] if longest else []):
-            table.add_column(head, justify="right", no_wrap=True)
-        for row in self.of(dtype):
-            cells = [f"{row.trained:,}" if row.trained else "-", _ms(row.step_s)]
-            cells += [
-                f"{row.spread:.0%}" if row.spread is not None else "",
-                _ms(row.optimizer_s) if row.trained else "-",
-            ]
-            cells += [_times(row.ratio(other, "step")) for other in against]
-            cells += [_size(row.kept_bytes), *([_times(row.ratio(lora, "kept"))] if lora else [])]
-            cells += [_size(row.peak_bytes), _size(row.optimizer_bytes) if row.trained else "-"]
-            cells += [_ms(statistics.median(row.attach_s)) if row.attach_s else "-"]
-            table.add_row(row.subject, *cells, *([f"{row.longest:,}" if row.longest is not None else "-"] if longest else []))  # fmt: skip
-        return table
+        trained: dict[str, Callable[[Cost], str]] = {"trained": lambda row: f"{row.trained:,}" if row.trained else "-"}
+        time: dict[str, Callable[[Cost], str]] = {"step": lambda row: _ms(row.step_s)}
+        spread: dict[str, Callable[[Cost], str]] = {
+            "±": lambda row: f"{row.spread:.0%}" if row.spread is not None else "",
+            "optimizer": lambda row: _ms(row.optimizer_s) if row.trained else "-",
+        }
+        ratios = {f"/ {o.stem}": lambda row, o=o: _times(row.ratio(o, "step")) for o in against}
+        memory: dict[str, Callable[[Cost], str]] = {"kept": lambda row: _size(row.kept_bytes)}
+        if lora:
+            memory["of peft-lora"] = lambda row: _times(row.ratio(lora, "kept"))
+        memory |= {
+            "peak": lambda row: _size(row.peak_bytes),
+            "optim.": lambda row: _size(row.optimizer_bytes) if row.trained else "-",
+            "attach": lambda row: _ms(statistics.median(row.attach_s)) if row.attach_s else "-",
+        }
+        if any(row.longest is not None for row in rows):
+            memory["longest"] = lambda row: f"{row.longest:,}" if row.longest is not None else "-"
+        title = f"{dtype}, {self.about['settings']['model']}"
+        if width >= WIDE:
+            return [_table(title, rows, trained | time | spread | ratios | memory)]
+        return [_table(f"{title}: time", rows, trained | time | ratios), _table(f"{title}: memory", rows, memory)]
 
     def picture(self, path: Path) -> Path:
         """Bars as a PNG: the time of a step and what it keeps for backward, a row of two charts for each dtype."""
@@ -195,6 +197,17 @@ class Costs:
         return path
 
 
+def _table(title: str, rows: Sequence[Cost], columns: Mapping[str, Callable[[Cost], str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("contender", no_wrap=True)
+    for head in columns:
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row.subject, *(cell(row) for cell in columns.values()))
+    return table
+
+
+WIDE = 150  # columns of a terminal below which one table would be folded
 TEAL, GREY, RUST = "#0a6c74", "#8a8a8a", "#b5532a"
 
 

@@ -71,8 +71,9 @@ def train(
     )
     costs = bench.run(setup, terminal.progress())
     for name in costs.dtypes():
-        out.print(costs.table(name))
-        out.print()
+        for table in costs.tables(name, out.width):
+            out.print(table)
+            out.print()
     if costs.rows:
         out.print(_LEGEND, style="dim")
     if json:
