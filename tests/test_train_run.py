@@ -19,6 +19,7 @@ import intarsia as ia
 from intarsia import pretrained
 from intarsia.errors import IntarsiaError
 from intarsia.evaluate import held_out_loss
+from intarsia.train import first as first_module
 from intarsia.train import trainer as trainer_module
 from intarsia.train import unfinished
 from intarsia.train.config import make_config
@@ -528,3 +529,38 @@ def test_a_mistake_is_found_before_anything_is_written(config, tmp_path, change,
     with pytest.raises(IntarsiaError, match=message):
         train(make_config(tree))
     assert list(tmp_path.iterdir()) == []
+
+
+# --- a lottery
+
+
+def test_a_lottery_from_a_config_trains_densely_first_and_goes_on_without_it(config, monkeypatch):
+    """Cut short and gone on with, it is the same adapter; the dense training is done once, and its steps count."""
+    method, calls = {"name": "lt-sft", "density": 0.05}, []
+    real = first_module.train_densely
+
+    def train_densely(*given):
+        calls.append(1)
+        return real(*given)
+
+    monkeypatch.setattr(first_module, "train_densely", train_densely)
+    first = {"steps": 3, "lr": 1e-3}
+    whole = train(config(method, out="whole", first=first))
+    after_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(TrainingStopped):
+        train(config(method, first=first))
+    assert len(calls) == 2
+    cut = train(config(method, first=first))
+    assert len(calls) == 2
+    assert cut.digest == whole.digest
+    other = train(config(method, out="other", first={"steps": 1, "lr": 1e-3}))
+    assert other.digest != whole.digest
+    edits = ia.read(whole.output).edits
+    assert sum(edit.touched for edit in edits.values()) == whole.trained
+
+
+def test_the_dense_training_moves_bfloat16_weights_by_less_than_they_show(place, config):
+    """The support comes from float32 masters: steps of 1e-6 leave every bfloat16 weight as it was."""
+    given = config("lt-sft", first={"steps": 2, "lr": 1e-7}, steps=1, save_every=1)
+    outcome = train(given.model_copy(update={"dtype": "bfloat16"}))
+    assert outcome.trained > 0

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from intarsia import registry
     from intarsia.deck import Deck
     from intarsia.distributed import load_checkpoint, replicate, save_checkpoint, shard
-    from intarsia.lottery import lottery
     from intarsia.method import Method
     from intarsia.methods import Dora, Lora, Paca, S2ft, Shira
     from intarsia.model import (
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from intarsia.schedule import regrow
     from intarsia.store import Adapter, read
     from intarsia.support import scorer
+    from intarsia.ticket import lottery
 
 __all__ = [
     "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
@@ -49,7 +49,7 @@ _PLACES = {
     "Adapter": "store", "Deck": "deck", "Dora": "methods", "Lora": "methods", "Method": "method", "Paca": "methods",
     "S2ft": "methods", "Shira": "methods", "activate": "model", "active_names": "model", "adapter_state": "model",
     "attach": "model", "attached_names": "model", "detach": "model", "digest": "model", "export": "model", "load": "model",
-    "load_adapter_state": "model", "load_checkpoint": "distributed", "lottery": "lottery", "read": "store",
+    "load_adapter_state": "model", "load_checkpoint": "distributed", "lottery": "ticket", "read": "store",
     "register": "registry", "regrow": "schedule", "replicate": "distributed", "rows": "model", "save": "model",
     "save_checkpoint": "distributed", "scorer": "support", "shard": "distributed", "sync": "model",
 }  # fmt: skip

@@ -39,6 +39,14 @@ class Variant:
 _VARIANTS = {
     variant.name: variant
     for variant in (
+        Variant(
+            "lt-sft",
+            "shira",
+            "LT-SFT",
+            "W' = W + S, S where W moved most",
+            "arXiv:2110.07560",
+            {"scorer": "movement", "budget": "model"},
+        ),
         Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),
         Variant(
             "supra",

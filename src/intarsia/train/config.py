@@ -63,6 +63,13 @@ class DataConfig(Section):
     skip_bad_rows: bool = Field(default=False, description="leave bad rows out and count them, instead of stopping")
 
 
+class FirstConfig(Section):
+    """The dense training that methods by movement begin with."""
+
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; as many as the run's by default")
+    lr: float = Field(default=5e-5, gt=0, description="highest learning rate of AdamW; it falls linearly")
+
+
 class TrainConfig(Section):
     """How to train. Steps are optimizer steps."""
 
@@ -85,6 +92,9 @@ class TrainConfig(Section):
         default=1,
         ge=1,
         description="batches for methods that choose by gradients or inputs; more than one need a temporary file",
+    )
+    first: FirstConfig = Field(
+        default_factory=FirstConfig, description="the dense training that methods by movement (lt-sft) begin with"
     )
     log_every: int = Field(default=1, ge=1, description="steps between two entries of log.jsonl")
     eval_every: int | None = Field(

@@ -39,6 +39,8 @@ from intarsia.errors import IntarsiaError
 from intarsia.evaluate import answer_loss, answer_sums
 from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state
 from intarsia.pretrained import Pretrained
+from intarsia.ticket import lottery
+from intarsia.train import first as first_training
 from intarsia.train.config import Config
 from intarsia.train.data import Example, collator
 from intarsia.train.moving import MovingSupport
@@ -125,7 +127,8 @@ def train(
         progress.say(str(ready.estimate))
         for warning in ready.warnings():
             progress.warn(warning)
-        with _attached(ready, progress), processes.first_within(state.held(ready.settings, restart)):
+        checkpoint = None if restart else processes.first_does(state.checkpoint)
+        with _attached(ready, progress, checkpoint), processes.first_within(state.held(ready.settings, restart)):
             outcome = _Run(ready, state, progress).go()
         processes.first_does(state.remove)
         progress.say(str(outcome))
@@ -488,21 +491,12 @@ def calibration_batches(ready: Plan) -> list[dict[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def _attached(ready: Plan, progress: Progress) -> Iterator[None]:
+def _attached(ready: Plan, progress: Progress, checkpoint: Path | None) -> Iterator[None]:
     """Within the block the adapter is on the model; afterwards the model is as it came."""
     model = ready.pretrained.model
     caching, training = model.config.use_cache, model.training
     try:
-        attach(
-            model,
-            ready.method,
-            ready.config.targets,
-            name=ADAPTER,
-            exclude=ready.config.exclude,
-            data=calibration_batches(ready) if ready.method.needs() else None,
-            seed=ready.config.seed,
-            progress=progress.work,
-        )
+        _attach(ready, progress, checkpoint)
         distributed.share_first(model)
         if ready.config.train.shard:
             distributed.shard(model)
@@ -512,6 +506,27 @@ def _attached(ready: Plan, progress: Progress) -> Iterator[None]:
             detach(model, ADAPTER)
         model.config.use_cache = caching
         model.train(training)
+
+
+def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
+    model, config = ready.pretrained.model, ready.config
+    given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "seed": config.seed}
+    if "movement" not in ready.method.needs():
+        data = calibration_batches(ready) if ready.method.needs() else None
+        attach(model, ready.method, config.targets, **given, data=data, progress=progress.work)
+    elif processes.count() > 1:
+        raise IntarsiaError(
+            f"{ready.method.name} by movement trains densely first, which works in one process only so far"
+        )
+    elif checkpoint:  # the first training lies behind it
+        with first_training.marked(ready, checkpoint) as gathered:
+            attach(model, ready.method, config.targets, **given, gathered=gathered, progress=progress.work)
+    else:
+        with torch.random.fork_rng():  # dropout, if there is any
+            torch.manual_seed(config.seed)
+            lottery(
+                model, ready.method, lambda m: first_training.train_densely(ready, m, progress), config.targets, **given
+            )
 
 
 @contextlib.contextmanager

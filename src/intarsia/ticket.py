@@ -49,7 +49,8 @@ def lottery(
     Args:
         method: one that chooses by movement: ``Shira(density=..., scorer="movement", budget="model")``.
         train: called with the model; trains all parameters with ``requires_grad``, and no others, with an optimizer of its own.
-            They are the targeted weights; between two iterations, the adapter.
+            They are the targeted weights; between two iterations, the adapter. It may return the trained weights in float32 by
+            the name of their layer: a bfloat16 weight does not show small movements.
         iterations: how many times a part of the support is chosen, each on what the parts before have learned.
 
     Raises:
@@ -108,11 +109,12 @@ def _moved(
                 for site, (unit, index, change) in learned.items():
                     W = site_at(model, site).weight
                     unit.put(W, index, (unit.gather(W, index).to(change.dtype) + change).to(W.dtype))
-            _dense(model, weights, train)
+            masters = _dense(model, weights, train)
             with torch.no_grad():
                 for site, weight in weights.items():
-                    wide = torch.promote_types(weight.dtype, torch.float32)
-                    moved.set(site, (weight.to("cpu", wide) - base[site].to(wide)).abs())
+                    trained = masters.get(site, weight) if isinstance(masters, Mapping) else weight
+                    wide = torch.promote_types(trained.dtype, torch.float32)
+                    moved.set(site, (trained.detach().to("cpu", wide) - base[site].to(wide)).abs())
         finally:
             with torch.no_grad():
                 for site, weight in weights.items():
@@ -128,8 +130,8 @@ def _moved(
         yield moved.tensors
 
 
-def _dense(model: nn.Module, weights: Mapping[str, nn.Parameter], train: Train) -> None:
-    """Train these weights and nothing else; flags, gradients and modes are as before afterwards."""
+def _dense(model: nn.Module, weights: Mapping[str, nn.Parameter], train: Train) -> object:
+    """Train these weights and nothing else. -> what the training returns; flags, gradients and modes are as before afterwards."""
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     try:
@@ -137,7 +139,7 @@ def _dense(model: nn.Module, weights: Mapping[str, nn.Parameter], train: Train) 
         for weight in weights.values():
             weight.requires_grad_(True)
             weight.grad = None
-        train(model)
+        return train(model)
     finally:
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
