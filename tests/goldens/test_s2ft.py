@@ -120,6 +120,31 @@ def test_parts_of_a_block_train_the_same_units(tiny_llama):
                 assert scope == "model" or len(heads["v"]) == 1
 
 
+def test_groups_by_the_scores_of_their_parts(tiny_llama):
+    """Query heads that share a key-value head are chosen together, by what o and v say of them (4 heads over 2)."""
+    model, dense = tiny_llama(layers=8), tiny_llama(layers=8)
+    ia.attach(model, ia.S2ft(o=0.5, v=0.5, down=0.1, select="weight", **BLOCK))
+    best = []
+    for number, block in enumerate(dense.model.layers):
+        heads = block.self_attn.o_proj.weight.norm(dim=0).view(4, 16).mean(1)
+        values = block.self_attn.v_proj.weight.norm(dim=1).view(2, 16).mean(1)
+        best.append(int((heads.view(2, 2).sum(1) + values).argmax()))
+        found = state_of(model, f"model.layers.{number}.self_attn.v_proj").index.tolist()
+        assert found == [best[-1]]
+    assert set(best) == {0, 1}
+
+
+def test_one_scale_for_one_shape(tiny_llama):
+    """However unevenly a model's channels fall to its layers, each trained number takes the steps of the others."""
+    model = tiny_llama(layers=6)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.2)
+    ia.attach(model, ia.S2ft(o=0.0, down=0.2, select="weight"))
+    states = _states(model)
+    assert len({len(state.index) for state in states.values()}) > 1
+    assert len({state.method.scale for state in states.values()}) == 1
+
+
 def test_smaller_shares_are_nested():
     net = small_net()
     ia.attach(net, ia.S2ft(o=0.0, down=0.5, up=0.25, layout="up > down", **BLOCK))
