@@ -252,7 +252,7 @@ def test_a_sharded_run_that_one_process_was_told_to_stop_goes_on_to_the_same_ada
 def test_one_process_speaks_on_the_command_line(place: Path) -> None:
     first, second = results(place, "command_line")
     assert first["mistake"]["code"] == second["mistake"]["code"] == 2
-    assert "did you mean" in first["mistake"]["messages"]
+    assert "cannot move with several processes" in first["mistake"]["messages"]
     assert first["run"]["code"] == second["run"]["code"] == 0
     assert "step 7/7" in first["run"]["messages"]
     assert "sha256" in first["run"]["out"]
@@ -286,6 +286,7 @@ REFUSED = {
     "another model's block": "blocks: Linear is not a module inside this Sequential",
     "a layer as a block": "blocks: up is a AdaptedLinear",
     "ignored parameters": "leave these out",
+    "a base in fewer bits": "up: a base in fewer bits cannot be sharded here; use intarsia.replicate",
     "sharded twice": "sharded already; attach every adapter first",
     "another adapter": "its weight is sharded over processes already",
     "save over what is there": "exists already",

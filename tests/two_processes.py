@@ -161,6 +161,12 @@ def live_bits(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+class Packed:
+    """As a weight in codes says of itself."""
+
+    in_place = False
+
+
 def refusals(rank: int, folder: Path) -> dict[str, str]:
     """What is refused, and with which words."""
     from torch.distributed.fsdp import fully_shard
@@ -193,6 +199,9 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     refused("another model's block", lambda: ia.shard(model, [nn.Linear(2, 2)]))
     refused("a layer as a block", lambda: ia.shard(model, [layer_of(model, "up")]))
     refused("ignored parameters", lambda: ia.shard(model, ignored_params=set()))
+    layer_of(model, "up").packing = Packed()
+    refused("a base in fewer bits", lambda: ia.shard(model))
+    layer_of(model, "up").packing = layer_of(model, "down").packing
     ia.shard(model)
     refused("sharded twice", lambda: ia.shard(model))
     refused("another adapter", lambda: ia.attach(model, ia.Lora(rank=2), name="second"))
@@ -299,6 +308,9 @@ def trainings(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
+MISTAKE = ["method={name: shira, density: 0.1, schedule: drop-and-grow, every: 2}"]
+
+
 def command_line(rank: int, folder: Path) -> dict[str, Any]:
     """``intarsia train`` as each process of torchrun is asked to, and what it prints; then a mistake. The last: it leaves."""
     from intarsia.cli.app import app
@@ -306,7 +318,7 @@ def command_line(rank: int, folder: Path) -> dict[str, Any]:
     given = config(folder, "cli").model_dump(mode="json")
     (folder / f"run.{rank}.yaml").write_text(yaml.safe_dump(given))
     found: dict[str, Any] = {}
-    for name, more in {"mistake": ["targets=q_prj"], "run": []}.items():
+    for name, more in {"mistake": MISTAKE, "run": []}.items():
         out, messages = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(messages):
             try:

@@ -49,7 +49,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
 
     Raises:
         IntarsiaError: for a model without adapters, one that is sharded already, a single process without a process group,
-            blocks that are not in the model, bases or adapters that differ between processes. Nothing is changed then.
+            blocks that are not in the model, a base in fewer bits, bases or adapters that differ between processes. Nothing is changed then.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -61,6 +61,11 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
         )
     if processes.is_sharded(model):
         raise IntarsiaError("this model is sharded already; attach every adapter first, then call intarsia.shard once")
+    packed = [n for n, layer in chain.adapted_layers(model).items() if not layer.packing.in_place]
+    if packed:
+        raise IntarsiaError(
+            f"{packed[0]}: a base in fewer bits cannot be sharded here; use intarsia.replicate, or a base of plain floats"
+        )
     wholes = _blocks(model) if blocks is None else _checked(model, list(blocks))
     check_alike(model)
     packed = [name for name, p in model.named_parameters() if not packing_of(p).in_place]
@@ -141,6 +146,9 @@ def share_first(model: nn.Module) -> None:
 
 
 def _fingerprint(weight: Tensor) -> tuple[Any, ...]:
+    packing = packing_of(weight)
+    if not packing.in_place:
+        return tuple((k, tensor_digest(t)) for k, t in sorted(packing.stored(weight).items()))
     # Exact and independent of the order of summing, unlike a sum of floats; far quicker than a SHA-256.
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]
     numbers = weight.detach().view(bits)

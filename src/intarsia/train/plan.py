@@ -98,6 +98,8 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     progress = progress or Progress()
     if config.train.shard and not processes.started():
         raise IntarsiaError("train.shard needs several processes: torchrun --nproc-per-node 2 -m intarsia train ...")
+    if config.train.shard and config.load_in:
+        raise IntarsiaError(f"train.shard deals out plain weights; leave load_in={config.load_in} out, or train.shard")
     method = registry.build(config.method)
     if pretrained is None:
         device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
@@ -116,6 +118,11 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     train, held_out, reports = load_data(config, pretrained)
     trained = sum(planned.values())
     steps = step_count(config, len(train))
+    if processes.count() > 1 and any(method.moves(step, steps) for step in range(1, steps + 1)):
+        raise IntarsiaError(
+            f"the support of {method.name} cannot move with several processes: each would choose by its own rows. "
+            "Start one process, or leave method.schedule out"
+        )
     optimizer = trained * STATE_BYTES[config.train.optimizer]
     per_row = sum(len(e.input_ids) for e in train) / len(train)
     estimate = Estimate(
