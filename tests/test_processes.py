@@ -286,7 +286,6 @@ REFUSED = {
     "another model's block": "blocks: Linear is not a module inside this Sequential",
     "a layer as a block": "blocks: up is a AdaptedLinear",
     "ignored parameters": "leave these out",
-    "a base in fewer bits": "up: a base in fewer bits cannot be sharded here; use intarsia.replicate",
     "sharded twice": "sharded already; attach every adapter first",
     "another adapter": "its weight is sharded over processes already",
     "save over what is there": "exists already",

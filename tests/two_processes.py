@@ -161,12 +161,6 @@ def live_bits(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-class Packed:
-    """As a weight in codes says of itself."""
-
-    in_place = False
-
-
 def refusals(rank: int, folder: Path) -> dict[str, str]:
     """What is refused, and with which words."""
     from torch.distributed.fsdp import fully_shard
@@ -199,9 +193,6 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     refused("another model's block", lambda: ia.shard(model, [nn.Linear(2, 2)]))
     refused("a layer as a block", lambda: ia.shard(model, [layer_of(model, "up")]))
     refused("ignored parameters", lambda: ia.shard(model, ignored_params=set()))
-    layer_of(model, "up").packing = Packed()
-    refused("a base in fewer bits", lambda: ia.shard(model))
-    layer_of(model, "up").packing = layer_of(model, "down").packing
     ia.shard(model)
     refused("sharded twice", lambda: ia.shard(model))
     refused("another adapter", lambda: ia.attach(model, ia.Lora(rank=2), name="second"))

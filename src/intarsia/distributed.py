@@ -61,11 +61,6 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
         )
     if processes.is_sharded(model):
         raise IntarsiaError("this model is sharded already; attach every adapter first, then call intarsia.shard once")
-    packed = [n for n, layer in chain.adapted_layers(model).items() if not layer.packing.in_place]
-    if packed:
-        raise IntarsiaError(
-            f"{packed[0]}: a base in fewer bits cannot be sharded here; use intarsia.replicate, or a base of plain floats"
-        )
     wholes = _blocks(model) if blocks is None else _checked(model, list(blocks))
     check_alike(model)
     packed = [name for name, p in model.named_parameters() if not packing_of(p).in_place]
