@@ -13,11 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 import intarsia as ia
 from intarsia import chain
+from intarsia import model as models
 from intarsia.operators import operator_of
 from small import state_of, stir, trained
 
@@ -375,3 +383,96 @@ def test_a_convolution_that_works_in_place_after_it_still_trains():
     assert x.grad is not None
     y: Tensor = model[:1](x)
     assert torch.equal(model(x), F.relu(y))
+
+
+# ------------------------------------------------------------------ parameters that a module reads itself
+def _mixtral() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=40, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, **shape)
+    return MixtralForCausalLM(config).eval()
+
+
+def _gpt_oss() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GptOssConfig(
+        vocab_size=40, num_key_value_heads=1, head_dim=8, num_local_experts=3, num_experts_per_tok=2, **shape
+    )
+    return GptOssForCausalLM(config).eval()
+
+
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
+IDS = torch.tensor([[5, 9, 2, 30, 11, 7]])
+
+
+@pytest.mark.parametrize("make", [_mixtral, _gpt_oss])
+@pytest.mark.parametrize("method", ["elements", "columns", "rows", "lines", "paca-columns"])
+def test_stacks_of_experts_train_in_place(make, method, tmp_path):
+    """The gradient is the dense one on the support; a step writes the parameter; the file says the order of its axes."""
+    model, plain = make(), make()
+    before = model(input_ids=IDS, labels=IDS).logits
+    kind = type(model.get_submodule("model.layers.0.mlp.experts"))
+    ia.attach(model, ALL[method], ["gate_up_proj", "experts.down_proj"])
+    assert set(ia.export(model).edits) == {EXPERTS, EXPERTS.replace("gate_up", "down")}
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    plain(input_ids=IDS, labels=IDS).loss.backward()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is not None and "adapters" not in n] == []
+    for name in models.states(model, "default"):
+        state = state_of(model, name)
+        gradient = plain.get_parameter(name).grad
+        assert gradient is not None
+        dense = state.operator.matrix(gradient)
+        expected = state.granularity().gather(dense, state.index) * ALL[method].scale_at(state.shape)  # type: ignore[attr-defined]
+        torch.testing.assert_close(state.values.grad, expected, rtol=1e-4, atol=1e-7)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    optimizer.step()
+    learned = model(input_ids=IDS).logits
+    assert not torch.equal(learned, before)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(input_ids=IDS).logits, learned)
+        ia.detach(copied, "default")
+        assert torch.equal(copied(input_ids=IDS).logits, before)
+    ia.save(model, tmp_path / "a")
+    layout = "expert-in-out" if make is _gpt_oss else "expert-out-in"
+    assert ia.read(tmp_path / "a").about["layouts"][EXPERTS] == layout
+    ia.detach(model, "default")
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    assert ia.digest(model) == ia.digest(make())
+    assert type(model.get_submodule("model.layers.0.mlp.experts")) is kind
+    deck = ia.Deck(model)
+    deck.add(tmp_path / "a")
+    deck.use("a")
+    torch.testing.assert_close(model(input_ids=IDS).logits, learned)
+    deck.off()
+    ia.load(model, tmp_path / "a")
+    assert torch.equal(model(input_ids=IDS).logits, learned)
+    model.to(torch.bfloat16)
+    assert not torch.equal(model(input_ids=IDS).logits, make().to(torch.bfloat16)(input_ids=IDS).logits)
+    ia.detach(model, "a")
+    assert ia.digest(model) == ia.digest(make().to(torch.bfloat16))
+
+
+def test_what_a_stack_of_experts_cannot_do_is_refused():
+    model = _mixtral()
+    with pytest.raises(ia.IntarsiaError, match="gate_up_proj is of the kind stack, where lora cannot sit; .*shira"):
+        ia.attach(model, ia.Lora(2), "gate_up_proj")
+    for name in ("a", "b"):
+        ia.attach(model, ia.Shira(density=0.1), "gate_up_proj", name=name)
+    with pytest.raises(ia.IntarsiaError, match="one adapter can act on it, not a, b"):
+        ia.activate(model, "a", "b")
+    with pytest.raises(ia.IntarsiaError, match="cannot differ from row to row"), ia.rows(model, ["a"]):
+        pass
+    with torch.no_grad():
+        state_of(model, EXPERTS, "b").values.add_(0.1)
+    with pytest.raises(ia.IntarsiaError, match="out of date"):
+        model(input_ids=IDS)
+    ia.sync(model)
+    model(input_ids=IDS)
+
+
+def test_all_linear_leaves_experts_alone():
+    model = _mixtral()
+    ia.attach(model, ia.Shira(density=0.1))
+    assert not any("experts" in name for name in ia.export(model).edits)

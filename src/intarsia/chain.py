@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from intarsia import processes
@@ -26,7 +27,7 @@ from intarsia.bases import Packing, packing_of
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
-from intarsia.operators import LINEAR, Operator, operator_of
+from intarsia.operators import LINEAR, STACK, Bare, Operator, operator_of
 from intarsia.site import Site
 from intarsia.support import Granularity
 
@@ -158,12 +159,7 @@ class OnChain:
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
         leading = self.leading
-        if leading.live is not None and not torch.compiler.is_compiling() and not up_to_date(leading):
-            raise IntarsiaError(
-                f"the weight under the live adapter {leading.live!r} is out of date: its values or the weight were changed by "
-                "something other than an optimizer step. Call intarsia.sync(model) after writing values by hand; "
-                "activate(model) before changing base weights"
-            )
+        check_current(leading)
         if leading.rows is not None:
             return self._forward_rows(input)
         return Chain(self, [leading.adapters[name] for name in leading.active])(input)  # type: ignore[misc]
@@ -184,6 +180,73 @@ class OnChain:
             y = y.index_copy(0, index, part)
         assert y is not None
         return y
+
+
+class Owner:
+    """A module that reads adapted parameters by itself. In its forward they stand for themselves, with a gradient that goes to
+    the values of their live adapter: autograd makes the dense one of a whole parameter, one at a time, and only the
+    support's part of it is kept."""
+
+    base_class: type[nn.Module]
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        stacks = [layer for layer in self._modules.values() if isinstance(layer, Bare)]  # type: ignore[attr-defined]
+        for layer in stacks:
+            check_current(layer)
+        try:
+            for layer in stacks:
+                # The instance's own attribute goes before the parameter, which __getattr__ would find.
+                self.__dict__[layer.parameter_name] = _with_gradient(layer)
+            return self.base_class.forward(self, *given, **named)
+        finally:
+            for layer in stacks:
+                self.__dict__.pop(layer.parameter_name, None)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _revive, (self.base_class, Owner), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self._rewrite()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        self._rewrite()
+        return out
+
+    def _rewrite(self) -> None:
+        for layer in self._modules.values():  # type: ignore[attr-defined]
+            if isinstance(layer, Bare) and layer.live is not None:
+                layer.kept = layer.kept.to(layer.weight.device, layer.weight.dtype)
+                write(layer)
+
+
+def _with_gradient(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    if layer.live is None:
+        return weight
+    state = layer.adapters[layer.live]
+    scale = state.method.scale_at(state.shape)
+    return _Masked.apply(weight, state.values, state.index, layer.operator, state.granularity(), scale, state.shape)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Masked(torch.autograd.Function):
+    """The parameter as it is; backward takes the support out of its dense gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, values: Tensor, index: Tensor, operator: Operator, unit: Any, scale: float, shape: Any
+    ) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.operator, ctx.unit, ctx.scale, ctx.shape, ctx.dtype = operator, unit, scale, shape, values.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        gv = ctx.operator.support_gradient(gy, gy, ctx.unit, index, (), ctx.shape)
+        return None, gv.to(ctx.dtype) * ctx.scale, None, None, None, None, None
 
 
 class Partner(OnChain):
@@ -221,7 +284,8 @@ class Adapted(OnChain):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        write(self)  # a copy counts versions anew
+        if not isinstance(self, Bare):  # whose owner may not be whole yet, and writes then
+            write(self)  # a copy counts versions anew
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)  # type: ignore[misc]
@@ -296,6 +360,11 @@ def put_on(layer: Any, name: str, state: State, partners: Sequence[tuple[Any, Op
             partner.__class__ = adapted(type(partner), Partner)
             partner.leader, partner.operator, partner.packing = (layer,), operator, layer.packing
         _ADAPTED.add(layer)
+        if isinstance(layer, Bare):
+            owner = layer.__dict__["owner"][0]
+            if not isinstance(owner, Owner):
+                owner.__class__ = adapted(type(owner), Owner)
+            owner._modules[layer.parameter_name] = layer
     layer.adapters[name] = state.train(layer.training)
 
 
@@ -312,6 +381,21 @@ def take_off(layer: Any, name: str) -> None:
             delattr(layer, attribute)
         del layer.adapters
         layer.__class__ = layer.base_class
+        if isinstance(layer, Bare):
+            owner = layer.__dict__["owner"][0]
+            del owner._modules[layer.parameter_name]
+            if not any(isinstance(other, Bare) for other in owner._modules.values()):
+                owner.__class__ = owner.base_class
+
+
+def check_current(layer: Any) -> None:
+    """Raise where a weight does not hold what its live adapter has learned."""
+    if layer.live is not None and not torch.compiler.is_compiling() and not up_to_date(layer):
+        raise IntarsiaError(
+            f"the weight under the live adapter {layer.live!r} is out of date: its values or the weight were changed by "
+            "something other than an optimizer step. Call intarsia.sync(model) after writing values by hand; "
+            "activate(model) before changing base weights"
+        )
 
 
 def matrix(layer: Any) -> Tensor:
@@ -336,6 +420,7 @@ def set_active(layer: Any, names: Sequence[str], live: bool = True) -> None:
     layer.active = tuple(name for name in names if name in layer.adapters)
     if layer.shard is not None and len(layer.active) > 1:
         live = False  # an adapter above may ask for the base's own weight, and each process keeps only its part's bits
+    live = live or layer.operator.kind == STACK  # there is no other way there
     if live and layer.active and layer.packing.in_place and isinstance(layer.adapters[layer.active[0]].method, Sparse):
         _set_in(layer, layer.active[0])
 

@@ -704,7 +704,7 @@ def sits_where_it_says(method: Method) -> None:
     is loaded the same. At any other kind attaching is refused."""
     for kind, (make, given, reference) in _kinds().items():
         model = make(torch.float64)
-        if kind.partition(" ")[0] not in method.sits_at():
+        if re.split("[ ,]", kind)[0] not in method.sits_at():
             before = _snapshot(model)
             _refused(lambda m=model, x=given: _attach_to(m, method, x), f"a layer of the kind {kind}", "up")  # type: ignore[misc]
             _unchanged(model, before, f"refused at the kind {kind}")
@@ -731,7 +731,7 @@ def sits_where_it_says(method: Method) -> None:
             _same(plain(x), y, f"{kind}: output of the base afterwards in {dtype}")
         _attach_to(model, method, given)
         _stir(model)
-        layer: Any = model.get_submodule("up")
+        layer = chain.adapted_layers(model)["up"]
         state = layer.adapters["default"]
         W, b = chain.base_weight(layer).clone(), chain.bias(layer)
         x = given(torch.float64)
@@ -787,11 +787,32 @@ def _kinds() -> dict[str, Kind]:
     def tied(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.linear(F.embedding(x, W.mT).tanh(), W.mT)
 
+    def stack(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return torch.stack([F.linear(x, each).tanh() for each in W.view(2, 12, 16)])
+
+    def turned(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return torch.stack([F.linear(x, each).tanh() for each in (W[:, :8], W[:, 8:])])
+
+    class Experts(nn.Module):
+        def __init__(self, is_transposed: bool) -> None:
+            super().__init__()
+            self.is_transposed = is_transposed
+            numbers = torch.randn(
+                2, *((8, 24) if is_transposed else (12, 16)), generator=torch.Generator().manual_seed(0)
+            )
+            self.up = nn.Parameter(0.3 * numbers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            each = [self.up[e].mT if self.is_transposed else self.up[e] for e in range(2)]
+            return torch.stack([F.linear(x, W).tanh() for W in each])
+
     one, two = (lambda d: _input(d, (3, 4, 12))), (lambda d: _input(d, (2, 8, 4, 3)))
     return {
         "convolution 1d": (make(lambda: nn.Conv1d(4, 24, 4, stride=2, padding=1, dilation=2)), one, conv),
         "convolution 2d, grouped": (make(lambda: nn.Conv2d(8, 24, 2, padding=(1, 0), groups=2)), two, grouped),
         "embedding": (make(lambda: nn.Embedding(16, 24)), tokens, embed),
+        "stack": (lambda d: Experts(False).to(d), lambda d: _input(d, (3, 16)), stack),
+        "stack, transposed": (lambda d: Experts(True).to(d), lambda d: _input(d, (3, 8)), turned),
         "tied": (make(lambda: nn.Embedding(16, 24), tied=True), tokens, tied),
     }
 

@@ -20,8 +20,18 @@ from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import Loss, Mapped, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
-from intarsia.operators import PLAIN, operator_of
-from intarsia.site import ALL_LINEAR, Site, adaptable_layers, find_sites, partners, site_at, unfit
+from intarsia.operators import PLAIN, STACK, operator_of
+from intarsia.site import (
+    ALL_LINEAR,
+    Site,
+    adaptable_layers,
+    find_sites,
+    layer_at,
+    partners,
+    site_at,
+    unfit,
+    weight_name,
+)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ def _start(
 
     with Mapped() as surveys:
         if method.needs() and gathered is None:
-            with differentiable({name: model.get_submodule(name) for name in sites}) as weights:
+            with differentiable({name: layer_at(model, name) for name in sites}) as weights:
                 gather(model, weights, method.needs(), data or (), use, loss, progress)
         else:
             for name in sites:
@@ -203,7 +213,7 @@ def _put_on(model: nn.Module, name: str, attached: Attached, states: Mapping[str
         shared = {site: partners(model, site).items() for site in states}
         for site, state in states.items():
             with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
-            chain.put_on(model.get_submodule(site), name, state, with_it)
+            chain.put_on(layer_at(model, site), name, state, with_it)
         _tell_ddp(model)
         activate(model, name)
     except BaseException:
@@ -237,6 +247,13 @@ def activate(model: nn.Module, *names: str) -> None:
     if names:
         check_unoccupied(model)
     layers = list(chain.adapted_layers(model).values())
+    stacks = [n for n, layer in chain.adapted_layers(model).items() if layer.operator.kind == STACK]
+    for stack in stacks:
+        acting = [n for n in names if n in layer_at(model, stack).adapters]
+        if len(acting) > 1:
+            raise IntarsiaError(
+                f"{stack} is a parameter that its module reads itself, so one adapter can act on it, not {', '.join(acting)}"
+            )
     if any(layer.rows is not None for layer in layers):
         raise IntarsiaError("rows() is in force; leave its block before activating other adapters")
     with chain.transaction(layers):
@@ -305,6 +322,10 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             raise IntarsiaError(f"no adapter {name!r} on this model; {nearest(name, attached)}")
     check_unoccupied(model)
     layers = chain.adapted_layers(model)
+    if stacks := [n for n, layer in layers.items() if layer.operator.kind == STACK]:
+        raise IntarsiaError(
+            f"{stacks[0]} is a parameter that its module reads itself, so it cannot differ from row to row"
+        )
     active = active_names(model)
     groups: dict[str | None, list[int]] = {}
     for row, name in enumerate(names):
@@ -421,7 +442,7 @@ def export(
     check_unoccupied(model)  # or it would be said to belong to a base that nobody has
     name = _only(model) if name is None else name
     attached = record(model).adapters.get(name)
-    edits = {f"{site}.weight": state.method.edit(state.raw()) for site, state in states(model, name).items()}
+    edits = {weight_name(model, site): state.method.edit(state.raw()) for site, state in states(model, name).items()}
     assert attached is not None
     base = store.Base(digest(model), _dtype(model, edits), _source(model))
     about: dict[str, Any] = {
@@ -429,7 +450,7 @@ def export(
         "exclude": list(attached.exclude),
         "seed": attached.seed,
     }
-    layouts = {f"{site}.weight": state.operator.layout for site, state in states(model, name).items()}
+    layouts = {weight_name(model, site): state.operator.layout for site, state in states(model, name).items()}
     if stored_otherwise := {weight: layout for weight, layout in layouts.items() if layout != PLAIN}:
         about["layouts"] = stored_otherwise
     return store.Adapter(called or name, edits, base, attached.method.config(), about, note or {})
@@ -474,12 +495,12 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
     attached = _made(adapter, str(folder))
     method = attached.method
     check_fits(model, adapter, str(folder), None if any_base else digest(model))
-    names = [n for n in adaptable_layers(model) if f"{n}.weight" in adapter.edits]
+    names = [n for n in adaptable_layers(model) if weight_name(model, n) in adapter.edits]
     with _base_bits(model):
         sites = {n: site_at(model, n) for n in names}
         made = {}
         for n, site in sites.items():
-            edit = adapter.edits[f"{n}.weight"].to(site.stored.device)
+            edit = adapter.edits[weight_name(model, n)].to(site.stored.device)
             with torch.no_grad():
                 here = method.at(edit, site)
                 made[n] = chain.State(here, site, here.restore(edit, site))
@@ -501,7 +522,8 @@ def _made(adapter: store.Adapter, where: str) -> Attached:
 
 def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest: str | None) -> None:
     """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model."""
-    weights = {f"{name}.weight": operator_of(layer) for name, layer in adaptable_layers(model).items()}
+    names = {weight_name(model, name): name for name in adaptable_layers(model)}
+    weights = {weight: operator_of(layer_at(model, name)) for weight, name in names.items()}
     layouts = adapter.about.get("layouts", {})
     faults = []
     for name, edit in adapter.edits.items():
@@ -517,7 +539,7 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
     if not adapter.edits:
         faults.append("it edits nothing")
     if not faults:
-        faults = unfit(model, [name.removesuffix(".weight") for name in adapter.edits])
+        faults = unfit(model, [names[weight] for weight in adapter.edits])
     if faults:
         more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
         raise IntarsiaError(f"{where} does not fit this model:\n  " + "\n  ".join(faults[:8] + more))

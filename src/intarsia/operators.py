@@ -11,6 +11,8 @@ a few functions a kind, so that nothing else asks what kind a layer is:
     | embedding   | nn.Embedding                | (I tokens, O)    | transposed           | one-hot(x) W^T              |
     | tied        | a Linear head that shares   | (I tokens, O)    | transposed           | x W + b: the embedding's W  |
     |             | an embedding's weight       |                  |                      | the other way round         |
+    | stack       | a bare parameter (E, O, I)  | (E, O, I)        | (E O, I)             | the module's own affair     |
+    |             | or (E, I, O), as of experts | (E, I, O)        | (O, E I)             | the module's own affair     |
 
 The matrix is a view: writing into it writes the stored weight.
 """
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 
 PLAIN = "out-in"  # the layout of most weights; a file names only others
 KINDS = ("linear", "convolution", "embedding", "tied")
-ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, and transformers' Conv1D"
+STACK = "stack"  # where no forward of ours runs: for what is set in alone
+ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and parameters (E, ., .) of a module"
 
 
 @dataclass(frozen=True)
@@ -268,11 +271,62 @@ class _Addmm(Linear):
         return torch.addmm(b, x.reshape(-1, x.shape[-1]), W.mT).view(*x.shape[:-1], W.shape[0])
 
 
+@dataclass(frozen=True)
+class Stack(Operator):
+    """A parameter of E matrices that a module reads itself. It is seen as one matrix, and only setting in can train it."""
+
+    kind = STACK
+
+    @property
+    def layout(self) -> str:
+        return "expert-in-out" if self.transposed else "expert-out-in"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        flat = weight.flatten(0, 1)
+        return flat.mT if self.transposed else flat
+
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        raise AssertionError("the module computes with it, not we")
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        raise AssertionError("the module computes with it, not we")
+
+    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> None:
+        raise AssertionError("the module computes with it, not we")
+
+    def bias_gradient(self, gy: Tensor) -> Tensor:
+        raise AssertionError("a parameter has no bias")
+
+    def support_gradient(
+        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
+    ) -> Tensor:
+        return granularity.gather(self.matrix(gy), index)  # gy is the dense gradient of the parameter
+
+
+class Bare(nn.Module):
+    """A parameter that its module reads by itself, seen as a layer: it stands in the module's tree under the same name."""
+
+    bias = None
+
+    def __init__(self, owner: nn.Module, name: str):
+        super().__init__()
+        self.__dict__["owner"] = (owner,)  # in a tuple, or it would be registered as a part of this one
+        self.parameter_name = name
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter itself."""
+        return self.__dict__["owner"][0]._parameters[self.parameter_name]  # type: ignore[no-any-return]
+
+
 # ------------------------------------------------------------------ which layer is what
 def operator_of(layer: nn.Module) -> Operator | str | None:
     """What the layer does with its weight; a text: why it cannot be adapted; None: no kind of layer that is known."""
     if isinstance(layer, nn.Linear):
         return LINEAR
+    if isinstance(layer, Bare):
+        # transformers says of its experts which way round they are; without a word it is (E, O, I), as F.linear has it.
+        return Stack(transposed=bool(getattr(layer.__dict__["owner"][0], "is_transposed", False)))
     if isinstance(layer, nn.Embedding):
         return _embedding(layer)
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from intarsia import processes
 from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
-from intarsia.operators import ADAPTABLE, LINEAR, Embedding, Linear, Operator, Tied, operator_of
+from intarsia.operators import ADAPTABLE, LINEAR, Bare, Embedding, Linear, Operator, Tied, operator_of
 from intarsia.role import Role
 
 ALL_LINEAR = "all-linear"
@@ -63,13 +63,38 @@ class Site:
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, Any]:
-    """Every layer of a known kind, by dotted name."""
-    return {name: module for name, module in model.named_modules() if operator_of(module) is not None}
+    """Every layer of a known kind, by dotted name, and every parameter of three dimensions that another module owns."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Bare):
+            continue  # it is adapted, and found below by its owner
+        if operator_of(module) is not None:
+            found[name] = module
+            continue
+        for parameter, tensor in module._parameters.items():
+            if tensor is not None and tensor.ndim == 3:
+                whole = f"{name}.{parameter}".lstrip(".")
+                found[whole] = layer_at(model, whole)
+    return found
+
+
+def layer_at(model: nn.Module, name: str) -> Any:
+    """The layer of that dotted name, or the parameter of that name as a layer."""
+    above, _, last = name.rpartition(".")
+    owner = model.get_submodule(above)
+    if owner._parameters.get(last) is not None:
+        return owner._modules.get(last) or Bare(owner, last)
+    return model.get_submodule(name)
+
+
+def weight_name(model: nn.Module, name: str) -> str:
+    """The name of a site's weight in the model: ``<layer>.weight``, or the parameter's own."""
+    return name if isinstance(layer_at(model, name), Bare) else f"{name}.weight"
 
 
 def site_at(model: nn.Module, name: str) -> Site:
     """The site of a layer that :func:`unfit` has nothing against."""
-    layer: Any = model.get_submodule(name)
+    layer = layer_at(model, name)
     operator = operator_of(layer)
     assert isinstance(operator, Operator)
     bias = getattr(layer, "bias", None)
@@ -165,7 +190,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 def partners(model: nn.Module, name: str) -> dict[str, Operator]:
     """The layers that share an embedding's weight, and what each does with the embedding's matrix; none: not shared so."""
-    layer: Any = model.get_submodule(name)
+    layer = layer_at(model, name)
     if not isinstance(layer, nn.Embedding):
         return {}
     found: dict[str, Operator] = {}
@@ -188,13 +213,13 @@ def unfit(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     faults = []
     sharded = processes.is_sharded(model)
     for name in chosen:
-        layer: Any = model.get_submodule(name)
+        layer = layer_at(model, name)
         if sharded or processes.is_shard(layer.weight):
             faults.append(
                 f"{name}: its weight is sharded over processes already; attach or load first, then call intarsia.shard(model)"
             )
             continue
-        tied = [n for n in owners.get(id(layer.weight), []) if n != f"{name}.weight"]
+        tied = [n for n in owners.get(id(layer.weight), []) if n != weight_name(model, name)]
         fault = _unfit(model, name, layer, tied)
         if fault is not None:
             faults.append(fault)
@@ -247,7 +272,7 @@ def _computes_otherwise(name: str, layer: Any, operator: Operator) -> str | None
     """Try a forward of somebody's own on a few numbers: what is trained is the operator's product with other weights, and
     a layer that scales its output, say, would train something else than what is set in afterwards."""
     cls = type(layer)
-    if hasattr(cls, "base_forward") or any(cls.forward is known.forward for known in KNOWN):
+    if isinstance(layer, Bare) or hasattr(cls, "base_forward") or any(cls.forward is known.forward for known in KNOWN):
         return None
     x = operator.some_input(layer.weight)
     with torch.no_grad():

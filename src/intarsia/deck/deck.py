@@ -20,7 +20,7 @@ from intarsia.bases import packing_of
 from intarsia.edits import Edit, Placement, place
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.operators import Operator, operator_of
-from intarsia.site import adaptable_layers
+from intarsia.site import adaptable_layers, weight_name
 
 
 class Deck:
@@ -44,7 +44,9 @@ class Deck:
         self.last_switch_seconds = 0.0
         self._adapters: dict[str, store.Adapter] = {}
         self._weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self._operators = {f"{name}.weight": operator_of(layer) for name, layer in adaptable_layers(model).items()}
+        self._operators = {
+            weight_name(model, name): operator_of(layer) for name, layer in adaptable_layers(model).items()
+        }
         self._active: dict[str, float] = {}
         self._kept: dict[str, Placement] = {}  # the base's bits under what is set in
         self._lock = threading.RLock()

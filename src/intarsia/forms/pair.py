@@ -12,6 +12,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
 from intarsia.forms.sparse import Read, Sparse
 from intarsia.method import Start
+from intarsia.operators import KINDS
 from intarsia.site import Site
 from intarsia.support import Granularity, Shape
 
@@ -23,6 +24,7 @@ class Pair(Sparse):
     """
 
     moves_support = False  # a gradient taken of W alone would leave the other part out
+    kinds = frozenset(KINDS)  # the part beside needs a forward of ours
 
     sparse: Sparse  # the part that is trained in W itself
     beside: Delta  # the part beside it

@@ -29,7 +29,7 @@ from intarsia.edits import Sparse as SparseEdit
 from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
 from intarsia.method import Start
-from intarsia.operators import Operator
+from intarsia.operators import KINDS, STACK, Operator
 from intarsia.site import Site
 from intarsia.support import Granularity, Plan, Shape
 
@@ -39,6 +39,7 @@ Read = Callable[[torch.dtype], Tensor]  # of a packed weight: its numbers (O, I)
 class Sparse(Delta):
     """State: ``values`` (trained, zero at the start) and ``index``; with ``start`` where the columns themselves are trained."""
 
+    kinds = frozenset((*KINDS, STACK))
     moves_support: ClassVar[bool] = True  # whether any unit may be given up for any other (intarsia.regrow)
 
     @abstractmethod
