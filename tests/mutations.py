@@ -212,6 +212,18 @@ MUTATIONS = [
     Mutation("tied weights written", "site.py", "    if alone:", "    if False:", "test_sites"),
     Mutation("parts of names match", "site.py", 'name.endswith(f".{pattern}")', "name.endswith(pattern)", "test_sites"),
     Mutation("the head is among all-linear", "site.py", "if layer is not head and", "if", "test_sites"),
+    Mutation("the threshold survives", "edits/kernel.py", "alive = size > t", "alive = size >= t", "goldens/test_snell"),
+    Mutation("the factor beside an entry is differentiated", "edits/kernel.py", "size = D.detach().abs()", "size = D.abs()", "goldens/test_snell"),
+    Mutation("a softmax over the inputs", "edits/kernel.py", "torch.softmax(D / gamma, dim=0)", "torch.softmax(D / gamma, dim=1)", "goldens/test_snell"),
+    Mutation("a product that keeps the dense matrix", "forms/kernel.py", "if not torch.is_grad_enabled():", "if True:", "goldens/test_snell"),
+    Mutation("half a sum", "edits/sum.py", "for part in self.parts[1:]:", "for part in self.parts[2:]:", "goldens/test_rosa"),
+    Mutation("nothing beside the live part", "forms/pair.py", "return self.sparse.live(p, x, W, b) + self.beside.branch(p, x)", "return self.sparse.live(p, x, W, b)", "goldens/test_rosa"),
+    Mutation("experts are added, not averaged", "forms/split.py", "P0 + (P - P0) / self.experts", "P0 + (P - P0)", "goldens/test_mosa"),
+    Mutation("all experts but the drawn one", "forms/split.py", "== p.drawn[number]", "!= p.drawn[number]", "goldens/test_mosa"),
+    Mutation("always the same expert", "forms/split.py", "        p.step.add_(1)\n", "        pass\n", "goldens/test_mosa"),
+    Mutation("a square, not a cube", "allocators/competition.py", "(1 - t) ** 3", "(1 - t) ** 2", "goldens/test_competition"),
+    Mutation("uncertainty of the mean before", "methods/snella.py", "(now - importance).abs()", "now", "goldens/test_competition"),
+    Mutation("importance without the weight", "methods/snella.py", "(P * P.grad).abs()", "P.grad.abs()", "goldens/test_competition"),
 ]  # fmt: skip
 
 
