@@ -73,7 +73,7 @@ $(VENV)/quantised: $(VENV)/.packages
 	@touch $@
 
 quantised: $(VENV)/quantised ## the tests that need bitsandbytes and torchao
-	PYTHONPATH=$(VENV)/quantised HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_quantised.py
+	PYTHONPATH=$(abspath $(VENV)/quantised) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/test_quantised.py
 
 mutations: setup ## plant bugs in a copy of the package, one by one: which tests notice? (long)
 	$(BIN)/python tests/mutations.py

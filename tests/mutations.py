@@ -52,6 +52,29 @@ MUTATIONS = [
         "test_contract",
     ),
     Mutation(
+        "backward over a packed base without the values", "forms/sparse.py",
+        "gx = p.operator.input_gradient(gy, method.set_into(p, ctx.read()).to(gy.dtype), ctx.x_shape)",
+        "gx = p.operator.input_gradient(gy, ctx.read().to(gy.dtype), ctx.x_shape)", "test_quantised",
+    ),
+    Mutation(
+        "forward over a packed base without the values", "forms/sparse.py",
+        "method.set_into(p, read()).to(x.dtype), b)", "read().to(x.dtype), b)", "test_quantised",
+    ),
+    Mutation(
+        "the part beside is lost over a packed base", "forms/pair.py",
+        "return self.sparse.over(p, x, read, stored, b) + self.beside.branch(p, x)", "return self.sparse.over(p, x, read, stored, b)",
+        "test_quantised",
+    ),
+    Mutation(
+        "what is read of a packed base is kept", "forms/sparse.py",
+        "ctx.save_for_backward(kept, values, index, *plan)  # values", "ctx.save_for_backward(kept, values, index, read(), *plan)  # values",
+        "test_quantised",
+    ),
+    Mutation(
+        "a deck takes adapters of packed weights", "deck/deck.py",
+        "self._check_plain(name, adapter)", "pass", "test_quantised",
+    ),
+    Mutation(
         "the padding token trains", "operators.py", "if self.padding is not None:", "if False:", "test_operators",
     ),
     Mutation(

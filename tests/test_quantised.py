@@ -11,7 +11,8 @@ import copy
 import importlib.util
 import json
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
 import intarsia as ia
 from intarsia import bases, chain, pretrained, registry
@@ -458,6 +460,42 @@ def test_a_model_that_transformers_quantised(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in trained(model))
     ia.save(model, tmp_path / "one")
     assert json.loads((tmp_path / "one" / "adapter.json").read_text())["base"]["dtype"] == "nf4"
+
+
+@needs("bitsandbytes")
+def test_supports_do_not_move_over_codes(tmp_path: Path) -> None:
+    folder = save_toy(tmp_path / "toy")
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"say {i}", "completion": "no"}) for i in range(8))
+    )
+    run = {
+        "model": str(folder), "data": str(tmp_path / "rows.jsonl"), "load_in": "nf4", "output": str(tmp_path / "out"),
+        "method": {"name": "shira", "density": 0.1, "schedule": "drop-and-grow", "every": 2},
+        "train": {"steps": 6, "batch_size": 4},
+    }  # fmt: skip
+    with pytest.raises(ia.IntarsiaError, match="stored in nf4, and a support only moves over a plain base"):
+        train(make_config(run))
+    net = packed_net("nf4")
+    with pytest.raises(ia.IntarsiaError, match="up: its weight is stored in nf4; a lottery trains the weights"):
+        ia.lottery(net, ia.Shira(density=0.1, scorer="movement", budget="model"), lambda model: None)
+    ia.attach(net, ia.Shira(density=0.1))
+    with pytest.raises(ia.IntarsiaError, match="stored in nf4; a support only moves over a plain base"):
+        ia.regrow(net, "default", None, data=[some_input()], loss=some_loss)
+
+
+def test_the_page_runs(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parent.parent / "docs" / "quantised.md"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed; make quantised")
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(0, 320, (2, 12))
+    names: dict[str, Any] = {"model": tiny_llama(), "batch": {"input_ids": ids, "labels": ids}}
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,9 @@ def _movable(model: nn.Module, name: str) -> dict[str, Any]:
         raise IntarsiaError(f"{name!r} is {method.name if method else None}, whose support cannot move")
     layers = {site: layer for site, layer in chain.adapted_layers(model).items() if site in found}
     for site, layer in layers.items():
+        if not layer.packing.in_place:
+            stored = layer.packing.name(layer.weight)
+            raise IntarsiaError(f"{site}: its weight is stored in {stored}; a support only moves over a plain base")
         if layer.live != name:
             raise IntarsiaError(
                 f"{site}: {name!r} is not live; make it the lowest active adapter first: activate(model, {name!r})"

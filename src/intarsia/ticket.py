@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain
+from intarsia.bases import packing_of
 from intarsia.calibrate import Mapped
 from intarsia.edits import Sparse
 from intarsia.errors import IntarsiaError
@@ -67,6 +68,12 @@ def lottery(
     if iterations < 1:
         raise IntarsiaError(f"iterations={iterations} must be 1 or more")
     weights = {site: model.get_parameter(f"{site}.weight") for site in plan_sites(model, method, targets, exclude)}
+    packed = {site: packing_of(w).name(w) for site, w in weights.items() if not packing_of(w).in_place}
+    if packed:
+        site, stored = next(iter(packed.items()))
+        raise IntarsiaError(
+            f"{site}: its weight is stored in {stored}; a lottery trains the weights first, and codes cannot be"
+        )
     learned: Learned = {}
     try:
         for number in range(1, iterations + 1):

@@ -118,10 +118,18 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     train, held_out, reports = load_data(config, pretrained)
     trained = sum(planned.values())
     steps = step_count(config, len(train))
-    if processes.count() > 1 and any(method.moves(step, steps) for step in range(1, steps + 1)):
+    moving = any(method.moves(step, steps) for step in range(1, steps + 1))
+    packed = [name for name in planned if not packing_of(targeted[name].stored).in_place]
+    if moving and processes.count() > 1:
         raise IntarsiaError(
             f"the support of {method.name} cannot move with several processes: each would choose by its own rows. "
             "Start one process, or leave method.schedule out"
+        )
+    if moving and packed:
+        stored = targeted[packed[0]].stored
+        raise IntarsiaError(
+            f"{packed[0]}: its weight is stored in {packing_of(stored).name(stored)}, and a support only moves over a plain "
+            "base; leave load_in out, or take a method whose support stays"
         )
     optimizer = trained * STATE_BYTES[config.train.optimizer]
     per_row = sum(len(e.input_ids) for e in train) / len(train)
