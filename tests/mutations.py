@@ -97,6 +97,9 @@ MUTATIONS = [
         "layouts are not compared", "model.py", "else \"?\") != operator.layout:", "else \"?\") is None:", "test_operators",
     ),
     Mutation(
+        "the dense gradient of a stack is scaled twice", "chain.py", "gv.to(ctx.dtype) * ctx.scale, None, None", "gv.to(ctx.dtype) * ctx.scale**2, None, None", "test_operators",
+    ),
+    Mutation(
         "a partner keeps its class", "chain.py", "            partner.__class__ = partner.base_class\n", "", "test_operators",
     ),
     Mutation(
@@ -128,18 +131,18 @@ MUTATIONS = [
     Mutation("a second derivative without a word", "forms/sparse.py", "import once_differentiable", "import Function as _\nonce_differentiable = lambda f: f  # ", "goldens"),
     Mutation(
         "written weight rounded twice", "chain.py",
-        "(layer.kept.to(change.dtype) + change).to(weight.dtype)", "layer.kept + change.to(weight.dtype)", "test_contract",
+        "(layer.kept.to(change.dtype) + change).to(layer.weight.dtype)", "layer.kept + change.to(layer.weight.dtype)", "test_contract",
     ),
     Mutation(
         "taken out by subtraction", "chain.py",
-        "state.granularity().put(matrix(layer), state.index, layer.kept)",
+        "_put(layer, state, layer.kept)",
         "state.granularity().put(layer.weight, state.index, state.granularity().gather("
         "layer.weight, state.index) - state.method.change(state.raw()).to(layer.weight.dtype))",
         "test_contract",
     ),
     Mutation(
         "no error for a weight out of date", "chain.py",
-        "versions(leading) != leading.written", "False", "test_attach",
+        "not up_to_date(layer):", "False:", "test_attach",
     ),
     Mutation("only seen steps are written", "chain.py", "in stepped or versions", "in () or versions", "test_attach"),
     Mutation("masters lose bits in a cast", "chain.py", "moved.dtype.itemsize < 4", "moved.dtype.itemsize < 0", "test_contract"),

@@ -32,6 +32,7 @@ from intarsia import chain, processes
 from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.model import activate, active_names, adapter_state, load_adapter_state, record
+from intarsia.operators import STACK
 from intarsia.store import tensor_digest
 
 
@@ -69,6 +70,11 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
             f"{packed[0]} is stored in fewer bits, and FSDP2 cannot deal its codes out by rows; call intarsia.replicate(model)"
         )
     layers = chain.adapted_layers(model)
+    if stacks := [name for name, layer in layers.items() if layer.operator.kind == STACK]:
+        raise IntarsiaError(
+            f"{stacks[0]} is a stack of matrices, which FSDP2 deals out by matrices and an adapter here cannot follow; "
+            "call intarsia.replicate(model)"
+        )
     ours = {p: None for layer in layers.values() for p in layer.adapters.parameters()}
     active = active_names(model)
     activate(model)  # what is sharded is the base
