@@ -18,7 +18,6 @@ from intarsia.method import Method, Start
 from intarsia.site import Site
 from intarsia.support import (
     BUDGETS,
-    CROWDED,
     GRANULARITIES,
     OF_THE_MODEL,
     OUTSIDE,
@@ -80,7 +79,7 @@ class Chosen(Sparse):
         return self.swap * max(0.0, 1 - step / (0.75 * steps))
 
     def grows_by(self) -> str:
-        return self.scorer if self.scorer in CROWDED else "gradient"
+        return self.scorer if self.scorer in ("gradient", "snip", "fisher") else "gradient"
 
     @abstractmethod
     def scale_of(self, shape: Shape, trained: int) -> float:

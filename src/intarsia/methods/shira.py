@@ -55,5 +55,5 @@ class Shira(Chosen):
     def scale_of(self, shape, trained):
         if self.scale != "auto":
             return float(self.scale)
-        # Entries chosen by gradient crowd into a few rows and columns, so the same step weighs more: docs/learning-rate.md.
+        # Entries chosen by gradient or input crowd into a few rows and columns, so the same step weighs more: docs/learning-rate.md.
         return auto_scale(shape, trained) / (8 if self.scorer in CROWDED else 1)

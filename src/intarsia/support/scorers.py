@@ -32,9 +32,9 @@ S = TypeVar("S", bound=Scorer)
 
 SCORERS: dict[str, Scorer] = {}
 OUTSIDE = "package.module:function"
-# Scorers whose entries crowd into a few rows and columns, because a gradient is nearly of low rank. A step on such a support
-# weighs more: docs/learning-rate.md.
-CROWDED = frozenset({"gradient", "snip", "fisher"})
+# Scorers whose entries crowd into a few rows and columns, because a gradient is nearly of low rank and a few inputs are much
+# larger than the others. A step on such a support weighs more: docs/learning-rate.md.
+CROWDED = frozenset({"gradient", "snip", "fisher", "wanda", "activation"})
 
 
 def scorer(*needs: str) -> Callable[[S], S]:
