@@ -250,6 +250,14 @@ MUTATIONS = [
     Mutation("a square, not a cube", "allocators/competition.py", "(1 - t) ** 3", "(1 - t) ** 2", "goldens/test_competition"),
     Mutation("uncertainty of the mean before", "methods/snella.py", "(now - importance).abs()", "now", "goldens/test_competition"),
     Mutation("importance without the weight", "methods/snella.py", "(P * P.grad).abs()", "P.grad.abs()", "goldens/test_competition"),
+    Mutation("the benchmark trains the base it shares", "bench/train.py", "lr=0.0, weight_decay", "lr=1e-3, weight_decay", "bench"),
+    Mutation("what the model holds counts as kept", "bench/memory.py", "if storage.data_ptr() not in resident:", "if True:", "bench"),
+    Mutation(
+        "ratios across rounds", "bench/costs.py",
+        "found = [what(self.times[n]) / what(other.times[n]) for n in sorted(shared)]",
+        "found = [statistics.median(map(what, self.times.values())) / statistics.median(map(what, other.times.values()))][: len(shared)]",
+        "bench",
+    ),
 ]  # fmt: skip
 
 
