@@ -94,7 +94,7 @@ def test_fisher_is_the_sum_of_the_squares_of_each_batchs_gradient(batches):
         assert found[site].keys() == {"fisher"}
 
 
-@pytest.mark.parametrize("needs", [{"inputs"}, {"inputs", "gradient"}], ids="+".join)
+@pytest.mark.parametrize("needs", [{"inputs"}, {"inputs", "gradient"}], ids=lambda needs: "+".join(sorted(needs)))
 def test_norms_of_the_inputs_are_over_all_tokens_of_all_batches(needs):
     model, x = small_net(), torch.cat(DATA)
     found = _gathered(model, needs)
