@@ -491,7 +491,9 @@ def test_gathered_gradients_are_those_of_plain_backward(batches, model):
     assert _trace(model) == before
 
 
-@pytest.mark.parametrize("needs", [{"gradient"}, {"fisher"}, {"gradient", "fisher", "inputs"}], ids=lambda needs: "+".join(sorted(needs)))
+@pytest.mark.parametrize(
+    "needs", [{"gradient"}, {"fisher"}, {"gradient", "fisher", "inputs"}], ids=lambda needs: "+".join(sorted(needs))
+)
 @pytest.mark.parametrize("batches", [1, 3])
 def test_at_most_one_gradient_is_alive(batches, needs, model):
     wanted = {site: layer_of(model, site).weight for site in SITES}
