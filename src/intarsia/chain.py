@@ -498,7 +498,9 @@ def base_weight(layer: Any) -> Tensor:
 
     Of a packed weight the numbers that it stands for.
     """
-    packing = packing_of(layer.weight)
+    packing = (
+        layer.packing if isinstance(layer, OnChain) else packing_of(layer.weight)
+    )  # Dynamo cannot trace the latter
     if not packing.in_place:
         return packing.read(layer.weight, packing.dtype(layer.weight))
     if not isinstance(layer, OnChain):
