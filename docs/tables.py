@@ -60,6 +60,8 @@ def methods_page() -> str:
 
 
 def _link(paper: str) -> str:
+    if paper.startswith("https://"):
+        return f"[source]({paper})"
     return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
 
 
