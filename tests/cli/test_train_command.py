@@ -77,8 +77,8 @@ def test_bad_rows_stop_it_unless_told_otherwise(intarsia, config, world, tmp_pat
     [
         (["trainn.steps=3"], "unknown key 'trainn'; did you mean 'train'?"),
         (["train.step=3"], "did you mean 'train.steps'"),
-        (["method=shria"], "unknown method 'shria'; did you mean 'shira'?"),
-        (["method.densty=0.1"], "shira has no field 'densty'; did you mean 'density'?"),
+        (["method=shria"], "unknown method 'shria'; did you mean 'shira'"),
+        (["method.densty=0.1"], "shira has no field 'densty'; did you mean 'density'"),
         (["method.density=0"], "density=0.0 must be in (0, 1]"),
         (["targets=q_prj"], "matches none of the 16 layers that can be adapted"),
         (["steps"], "expected KEY=VALUE"),
