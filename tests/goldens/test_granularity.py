@@ -96,6 +96,8 @@ def test_lines_tiles_and_columns_keep_only_the_columns_they_need() -> None:
     for unit, index, kept in (
         (Line(width=4), torch.tensor([1, 5, 7]), 8),
         (Line(width=4), torch.arange(32), 16),
+        (Line(width=4), torch.tensor([0, 1, 2]), 16),  # three of four blocks: x itself, which others may keep too
+        (Tile(width=3), torch.tensor([0, 5]), 3),
         (Tile(width=4), torch.tensor([2, 6]), 4),
         (Column(width=4), torch.tensor([0, 3]), 8),
     ):

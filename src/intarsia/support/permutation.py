@@ -30,7 +30,12 @@ def permute(index: Tensor, n: int, key: int) -> Tensor:
 
 def sample(n: int, k: int, key: int) -> Tensor:
     """k distinct indices of 0..n-1, sorted. -> (k,) int64."""
-    return torch.from_numpy(np.sort(_walk(np.arange(k), n, _round_keys(key))))  # numpy's sort is the quicker one
+    found = _walk(np.arange(k), n, _round_keys(key))
+    if n > 64 * k:
+        return torch.from_numpy(np.sort(found))
+    taken = np.zeros(n, dtype=bool)  # where many are drawn, marking them is quicker than sorting
+    taken[found] = True
+    return torch.from_numpy(np.flatnonzero(taken))
 
 
 def sample_rows(rows: int, n: int, k: int, key: int) -> Tensor:
