@@ -116,6 +116,15 @@ MUTATIONS = [
         "tiles counted down, not across", "support/granularity.py", "(index % across).unique", "(index // across).unique", "goldens/test_granularity",
     ),
     Mutation(
+        "blocks in use are the first ones", "support/granularity.py", "        return _pick(kept, used, width)", "        return _pick(kept, torch.arange(len(used)), width)", "goldens/test_granularity",
+    ),
+    Mutation(
+        "marked twice is drawn once", "support/permutation.py", "taken[found] = True", "taken[found[1:]] = True", "goldens/test_permutation",
+    ),
+    Mutation(
+        "show takes weights as they are stored", "cli/show.py", '.weight.detach() for name', '.stored.detach() for name', "cli/test_show",
+    ),
+    Mutation(
         "diagonals the other way", "support/granularity.py", "(rows + index[:, None])", "(rows - index[:, None])", "goldens/test_granularity",
     ),
     Mutation(

@@ -79,10 +79,12 @@ def gather(
     remaining = dict(weights)
     inputs = _Inputs(model, weights) if needs & OF_FORWARD else None
     with (
-        _only_requiring_grad(model, list(weights.values()) if backward else []),
+        only_requiring_grad(model, weights.values() if backward else ()),
+        torch.enable_grad(),
         Mapped() as sums,
         inputs or _nothing(),
     ):
+        model.eval()
 
         def hand_on(name: str, found: dict[str, Tensor]) -> None:
             device = remaining.pop(name).device
@@ -249,17 +251,16 @@ def _nothing() -> Iterator[None]:
 
 
 @contextmanager
-def _only_requiring_grad(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
+def only_requiring_grad(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block these weights alone take a gradient; flags, gradients and modes are as before afterwards."""
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()
         model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
-        with torch.enable_grad():
-            yield
+        yield
     finally:
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)

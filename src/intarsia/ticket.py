@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from intarsia import chain
 from intarsia.bases import packing_of
-from intarsia.calibrate import Mapped
+from intarsia.calibrate import Mapped, only_requiring_grad
 from intarsia.edits import Sparse
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
@@ -138,21 +138,9 @@ def _moved(
 
 
 def _dense(model: nn.Module, weights: Mapping[str, nn.Parameter], train: Train) -> object:
-    """Train these weights and nothing else. -> what the training returns; flags, gradients and modes are as before afterwards."""
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-            weight.grad = None
+    """Train these weights and nothing else. -> what the training returns."""
+    with only_requiring_grad(model, weights.values()):
         return train(model)
-    finally:
-        for parameter, flag, grad in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
-        for module, training in modes:
-            module.training = training
 
 
 def _taken(model: nn.Module, name: str) -> Learned:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import intarsia as ia
 from intarsia import pretrained
 from intarsia.edits import Sparse
+from toy import toy_tokenizer
 
 
 def test_facts_of_an_adapter(intarsia, world):
@@ -44,6 +46,26 @@ def test_with_the_base_it_measures_what_rounding_loses(intarsia, world):
     assert 0 < vanished < changed
     assert shown["invisible_share"] == pytest.approx(vanished / changed)
     assert shown["relative"] > 0
+
+
+def test_weights_that_are_stored_transposed(intarsia, tmp_path):
+    torch.manual_seed(0)
+    config = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 260, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(**config, bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(tmp_path / "base")
+    toy_tokenizer().save_pretrained(tmp_path / "base")
+    model = pretrained.load(tmp_path / "base").model
+    ia.attach(model, ia.Lora(rank=2))
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.adapters["default"].B.fill_(1.0)
+    ia.save(model, tmp_path / "one")
+    (found,) = (
+        row
+        for row in intarsia("show", tmp_path / "one", "--model", tmp_path / "base", "--json").json["changes"]
+        if "c_attn" in row["name"]
+    )
+    assert found["shape"] == [48, 16]
+    assert found["weight_norm"] == pytest.approx(model.transformer.h[0].attn.c_attn.weight.norm().item())
 
 
 def test_the_report_for_people(intarsia, world):

@@ -55,12 +55,13 @@ def show(
 
 
 def _weights(adapter: Adapter, model: str, progress: Progress) -> dict[str, Any]:
-    """The weights of the base, which has to be the adapter's own."""
+    """The weights of the base, which has to be the adapter's own, as the (O, I) that edits know: a Conv1D stores (I, O)."""
     from intarsia.model import check_fits, digest
+    from intarsia.site import site_at
 
     loaded = given.load_model(model, progress).model
     check_fits(loaded, adapter, adapter.name, digest(loaded))
-    return dict(loaded.named_parameters())
+    return {name: site_at(loaded, name.removesuffix(".weight")).weight.detach() for name in adapter.edits}
 
 
 def _most_changed(adapter: Adapter, changes: Sequence[WeightChange], count: int, based: bool) -> list[str]:
