@@ -1,10 +1,10 @@
-"""Elements, lines, tiles and columns at equal count: quality with its spread, rank of the deltas, and one learning rate for all.
+"""Elements, lines, tiles and columns at equal count: quality with its spread, and rank of the deltas.
 
     python bench/granularities.py quality     each granularity on each demo skill, 3 seeds
-    python bench/granularities.py rate        granularities x densities x learning rates on one skill
     python bench/granularities.py page        docs/granularities.md anew from what was measured
 
-Results go row by row to bench/results/granularities-*.jsonl; a run that was cut off goes on where it stopped.
+Results go row by row to bench/results/granularities-quality.jsonl; a run that was cut off goes on where it stopped. Whether one
+learning rate serves them all is measured by bench/rate.py.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from intarsia.train import data as training_data
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "granularities.md"
 KINDS = ("element", "line", "tile", "column")
-DENSITIES = (0.003, 0.01, 0.05)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 STEPS, BATCH = 25, 8
 LINES = ("model.layers.5.mlp.down_proj.weight", "model.layers.20.self_attn.q_proj.weight")  # whose rank is looked at
 
@@ -41,14 +39,6 @@ def quality_cases(names: list[str]) -> list[dict[str, object]]:
     return [
         {"skill": name, "method": json.dumps(method(kind)), "lr": 4e-3, "seed": seed}
         for seed in range(3) for name in names for kind in KINDS
-    ]  # fmt: skip
-
-
-def rate_cases() -> list[dict[str, object]]:
-    order = (4e-3, 8e-3, 2e-3, 1.6e-2, 1e-3)
-    return [
-        {"skill": "phonemes", "method": json.dumps(method(kind, density)), "lr": lr, "seed": 0}
-        for lr in order for density in DENSITIES for kind in KINDS
     ]  # fmt: skip
 
 
@@ -66,13 +56,13 @@ def ranks(adapter: Any) -> dict[str, Any]:
     return found
 
 
-def measure(what: str) -> None:
+def measure() -> None:
     loaded = pretrained.load("smollm2-135m", dtype=torch.bfloat16)
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
-    learnt = skills.load() if what == "quality" else skills.load(["phonemes"])
+    learnt = skills.load()
     with tempfile.TemporaryDirectory() as folder:
         examples = {skill.name: encode(skill, tokenizer, Path(folder)) for skill in learnt}
-    table = RESULTS / f"granularities-{what}.jsonl"
+    table = RESULTS / "granularities-quality.jsonl"
     about = machine() | {"model": "smollm2-135m", "steps": STEPS, "batch": BATCH}
     collate = training_data.collator(tokenizer)
     about["base_loss"] = {name: held_out_loss(model, held_out, collate) for name, (_, held_out) in examples.items()}
@@ -80,28 +70,27 @@ def measure(what: str) -> None:
 
     def one(case: dict[str, object]) -> dict[str, object]:
         made, lr, seed = json.loads(str(case["method"])), float(str(case["lr"])), int(str(case["seed"]))
-        look = ranks if what == "quality" else None
-        return run_once(model, tokenizer, examples[str(case["skill"])], made, lr, seed, STEPS, BATCH, look)
+        return run_once(model, tokenizer, examples[str(case["skill"])], made, lr, seed, STEPS, BATCH, ranks)
 
-    fill(table, quality_cases(list(examples)) if what == "quality" else rate_cases(), one)
+    fill(table, quality_cases(list(examples)), one)
 
 
 # ------------------------------------------------------------------ the page
-def rows_of(what: str) -> list[dict[str, Any]]:
-    table = RESULTS / f"granularities-{what}.jsonl"
-    rows = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
-    return [row | {"made": json.loads(row["method"])} for row in rows]
+def rows() -> list[dict[str, Any]]:
+    table = RESULTS / "granularities-quality.jsonl"
+    found = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
+    return [row | {"made": json.loads(row["method"])} for row in found]
 
 
 def quality_table() -> list[str]:
-    rows = rows_of("quality")
-    names = list(dict.fromkeys(row["skill"] for row in rows))
+    every = rows()
+    names = list(dict.fromkeys(row["skill"] for row in every))
     base = json.loads((RESULTS / "granularities-quality.about.json").read_text())["base_loss"]
     head = ["granularity", *names, "rank of a delta", "effective rank", "trained"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     lines.append("| base | " + " | ".join(f"{base[name]:.2f}" for name in names) + " | | | |")
     for kind in KINDS:
-        mine = [row for row in rows if row["made"]["granularity"] == kind]
+        mine = [row for row in every if row["made"]["granularity"] == kind]
         cells = []
         for name in names:
             losses = [row["held_out_loss"] for row in mine if row["skill"] == name]
@@ -116,32 +105,14 @@ def quality_table() -> list[str]:
     return lines
 
 
-def rate_table() -> list[str]:
-    rows = rows_of("rate")
-    lines = ["| | " + " | ".join(f"{rate:g}" for rate in RATES) + " | default over best |", "|---" * 7 + "|"]
-    for kind in KINDS:
-        for density in DENSITIES:
-            found = {r["lr"]: r["held_out_loss"] for r in rows if (r["made"]["granularity"], r["made"]["density"]) == (kind, density)}  # fmt: skip
-            if not found:
-                continue
-            best = min(found.values())
-            cells = [f"**{found[r]:.2f}**" if found.get(r) == best else f"{found[r]:.2f}" if r in found else "" for r in RATES]  # fmt: skip
-            over = f"{found[4e-3] / best - 1:+.1%}" if 4e-3 in found else ""
-            lines.append(f"| {kind}, {density:.1%} | " + " | ".join(cells) + f" | {over} |")
-    return lines
-
-
 def write_page() -> None:
-    text = PAGE.read_text()
-    for what, lines in (("quality", quality_table()), ("rate", rate_table())):
-        begin, end = f"<!-- {what}: made by bench/granularities.py -->", "<!-- end -->"
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
-    PAGE.write_text(text)
+    begin, end = "<!-- quality: made by bench/granularities.py -->", "<!-- end -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    PAGE.write_text(f"{before}{begin}\n" + "\n".join(quality_table()) + f"\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("what", choices=["quality", "rate", "page"])
+    arguments.add_argument("what", choices=["quality", "page"])
     given = arguments.parse_args()
-    write_page() if given.what == "page" else measure(given.what)
+    write_page() if given.what == "page" else measure()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import intarsia as ia
-from intarsia.forms.sparse import TARGET, auto_scale
+from intarsia.forms.sparse import auto_scale
+from intarsia.support import Column, Element, Row, Tile
 
 # out, in of the seven linear layers of a block (q, k, v, o, gate, up, down), and the number of blocks
 LLAMA2_7B = ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)], 32)
@@ -48,10 +49,20 @@ def test_shira_trains_its_share():
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (4096, 4096), (576, 192), (49152, 576)], ids=str)
-@pytest.mark.parametrize("density", [0.001, 0.01, 0.02, 0.1, 1.0])
-def test_auto_scale_is_a_power_of_two_near_its_formula(shape, density):
+@pytest.mark.parametrize("density", [1e-6, 0.001, 0.01, 0.02, 0.1, 1.0])
+@pytest.mark.parametrize(("unit", "constant", "power"), [(Element(), 3, 7 / 8), (Tile(), 3, 7 / 8), (Row(), 7, 5 / 8), (Column(), 7, 5 / 8)])  # fmt: skip
+def test_auto_scale_is_short_and_near_its_formula(shape, density, unit, constant, power):
     O, I = shape
-    scale = auto_scale(shape, max(1, round(density * O * I)))
-    exact = TARGET / ((max(1, round(density * O * I)) / (O * I)) ** 0.5 * (O**0.5 + I**0.5) / 2)
-    assert max(scale / exact, exact / scale) <= 2**0.5 * 1.0001
-    assert scale.hex().startswith("0x1.0000000000000p")
+    count = max(1, round(density * O * I))
+    exact = min(32, constant / ((count / (O * I)) ** power * (O**0.5 + I**0.5) / 2))
+    scale = auto_scale(shape, count, unit)
+    assert max(scale / exact, exact / scale) <= 1.5**0.5 * 1.0001
+    assert scale.hex().startswith(("0x1.0000000000000p", "0x1.8000000000000p"))
+    assert scale <= 32
+
+
+def test_auto_scale_of_usual_adapters():
+    """What docs/learning-rate.md says."""
+    scales = [auto_scale((576, 576), round(p * 576 * 576), Element()) for p in (0.003, 0.01, 0.05)]
+    assert scales == [24, 8, 1.5]
+    assert [auto_scale((576, 576), round(p * 576 * 576), Column()) for p in (0.003, 0.01, 0.05)] == [12, 6, 2]

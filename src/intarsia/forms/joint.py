@@ -108,7 +108,7 @@ class Joint(Sparse):
         """What stands at a weight with so many units."""
         # By the average, so that every trained number of a model takes equal steps, however many share its weight.
         usual = max(1, self.usual(shape, unit)) * unit.size(shape)
-        scale = auto_scale(shape, usual) if self.scale == "auto" else float(self.scale)
+        scale = auto_scale(shape, usual, unit) if self.scale == "auto" else float(self.scale)
         return Part(self.name, unit, count, scale)
 
     def scale_at(self, shape: Shape) -> float:

@@ -31,7 +31,7 @@ from intarsia.forms.delta import Delta
 from intarsia.method import Start
 from intarsia.operators import KINDS, STACK, Operator
 from intarsia.site import Site
-from intarsia.support import Granularity, Plan, Shape
+from intarsia.support import Column, Granularity, Plan, Row, Shape
 
 Read = Callable[[torch.dtype], Tensor]  # of a packed weight: its numbers (O, I), a new tensor each time
 
@@ -149,20 +149,21 @@ class Sparse(Delta):
         return self._state(site, edit.index.clone(), edit.values.to(_wide(site)))
 
 
-def auto_scale(shape: Shape, trained: int) -> float:
-    """A factor for which one learning rate serves all densities and widths.    s = 2^round(log2(TARGET / (sqrt(p) (sqrt(O) + sqrt(I)) / 2)))
+def auto_scale(shape: Shape, trained: int, unit: Granularity) -> float:
+    """A factor for which one learning rate serves all densities, widths and granularities.    s = C / (p^a (sqrt(O) + sqrt(I)) / 2)
 
-    One Adam step moves every trained value by the learning rate, up or down. Such a sign pattern of density p on an
-    O x I weight has a spectral norm of about sqrt(p) (sqrt(O) + sqrt(I)), far less than one low-rank step; the scale
-    brings it to a constant. A power of two, so that multiplying by it and dividing again loses no bit.
-    Measured in docs/learning-rate.md.
+    One Adam step moves every trained value by the learning rate, up or down. Such a sign pattern of density p on an O x I
+    weight has a spectral norm between sqrt(p) (sqrt(O) + sqrt(I)), where the signs are as of coins, and p sqrt(O I) where
+    they agree as much as they can (whole rows or columns: sqrt(p O I)). What holds in between is measured,
+    docs/learning-rate.md: a = 7/8 and C = 3; for rows and columns a = 5/8 and C = 7. At most 32, since the norm of a single
+    entry is 1 already. Rounded to 2^e or 1.5 * 2^e, so that multiplying by it costs one bit at most.
     """
     rows, columns = shape
-    norm = math.sqrt(max(1, trained) / (rows * columns)) * (math.sqrt(rows) + math.sqrt(columns)) / 2
-    return 2.0 ** round(math.log2(TARGET / norm))
-
-
-TARGET = 19.0  # 8 for 1 % of a 576 x 576 weight, where Adam's best rate is then LoRA's best rate
+    power, constant = (5 / 8, 7.0) if isinstance(unit, Row | Column) else (7 / 8, 3.0)
+    p = max(1, trained) / (rows * columns)
+    exact = min(32.0, constant / (p**power * (math.sqrt(rows) + math.sqrt(columns)) / 2))
+    near = 2.0 ** math.floor(math.log2(exact))
+    return min((near, 1.5 * near, 2 * near), key=lambda s: abs(math.log(s / exact)))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -50,7 +50,7 @@ class Paca(Sparse):
         return self.rank
 
     def scale_at(self, shape):
-        return self.alpha / self.rank if self.alpha else auto_scale(shape, self.trained_count(shape))
+        return self.alpha / self.rank if self.alpha else auto_scale(shape, self.trained_count(shape), Column())
 
     def choose(self, site, start):
         return choose(Column(), SELECT[self.select], self.rank, site, start)

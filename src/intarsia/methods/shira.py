@@ -56,4 +56,4 @@ class Shira(Chosen):
         if self.scale != "auto":
             return float(self.scale)
         # Entries chosen by gradient or input crowd into a few rows and columns, so the same step weighs more: docs/learning-rate.md.
-        return auto_scale(shape, trained) / (8 if self.scorer in CROWDED else 1)
+        return auto_scale(shape, trained, self.granularity_at(shape)) / (8 if self.scorer in CROWDED else 1)

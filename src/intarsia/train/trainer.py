@@ -51,7 +51,7 @@ from intarsia.train.shares import Shares, blank
 from intarsia.train.unfinished import LOG, Unfinished, step_of
 
 ADAPTER = "default"  # its name on the model while it is trained
-OPTIMIZERS = {"adamw": "adamw_torch", "adafactor": "adafactor", "sgd": "sgd"}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adafactor": "adafactor", "sgd": "sgd"}
 REPORT, CURVE, CONFIG = "report.json", "loss.png", "config.yaml"
 
 
