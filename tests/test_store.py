@@ -38,6 +38,12 @@ def folder(tmp_path):
     return ia.save(adapted(METHODS[0]), tmp_path / "adapter", note={"loss": 0.5})
 
 
+@pytest.fixture
+def plain(tmp_path):
+    """The same, every tensor as it is."""
+    return ia.save(adapted(METHODS[0]), tmp_path / "adapter", coding="plain")
+
+
 def _head(folder: Path) -> dict[str, Any]:
     head: dict[str, Any] = json.loads((folder / HEAD).read_text())
     return head
@@ -114,29 +120,29 @@ def test_thousands_of_awkward_values_come_back_to_the_bit(alpha, tmp_path):
     assert ia.export(other).digest == ia.export(model).digest
 
 
-def test_the_keys_of_the_format(folder):
+def test_the_keys_of_the_format(plain):
     """Frozen: other programs read them. A change here is a new format."""
-    head = _head(folder)
+    head = _head(plain)
     assert list(head) == [
         "format", "written_by", "created", "name", "digest", "method", "base", "values", "about", "note", "edits", "tensors",
-        "checksum",
+        "codings", "checksum",
     ]  # fmt: skip
-    assert (head["format"], head["values"]) == (1, "delta")
+    assert (head["format"], head["values"], head["codings"]) == (2, "delta", {})
     assert set(head["base"]) == {"digest", "dtype", "source"}
     assert head["edits"]["up.weight"] == {"type": "elements", "shape": [24, 16]}
-    assert sorted(head["tensors"]) == sorted(
-        f"{site}.weight.{part}" for site in SITES for part in ("indices", "values")
-    )
-    tensors = load_file(folder / TENSORS)
+    names = [f"{site}.weight.{part}" for site in SITES for part in ("indices", "values")]
+    assert sorted(head["tensors"]) == sorted(names)
+    tensors = load_file(plain / TENSORS)
+    assert sorted(tensors) == sorted(names)
     assert tensors["up.weight.indices"].dtype == torch.int32
     assert tensors["up.weight.values"].dtype == torch.float32
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", HEAD, TENSORS]
+    assert sorted(path.name for path in plain.iterdir()) == ["README.md", HEAD, TENSORS]
 
 
 def test_the_values_are_the_change_of_the_weight(tmp_path):
     """The file is a weight patch for whoever reads it: W'.view(-1)[indices] = W.view(-1)[indices] + values."""
     model = adapted(ia.Shira(density=0.1), torch.float64)
-    ia.save(model, tmp_path / "a")
+    ia.save(model, tmp_path / "a", coding="plain")
     tensors = load_file(tmp_path / "a" / TENSORS)
     for site in SITES:
         W = small_net(torch.float64).get_parameter(f"{site}.weight").detach().clone().view(-1)
@@ -203,12 +209,12 @@ def test_a_cut_off_file_is_found(name, folder):
     ia.read(folder)
 
 
-def test_missing_and_extra_tensors_are_all_named(folder):
-    tensors = load_file(folder / TENSORS)
+def test_missing_and_extra_tensors_are_all_named(plain):
+    tensors = load_file(plain / TENSORS)
     del tensors["up.weight.indices"], tensors["down.weight.values"]
-    save_file(tensors | {"again.weight.more": torch.ones(2)}, folder / TENSORS)
+    save_file(tensors | {"again.weight.more": torch.ones(2)}, plain / TENSORS)
     _refuses(
-        folder,
+        plain,
         "missing tensor down.weight.values\n.*missing tensor up.weight.indices\n.*unexpected tensor again.weight.more",
     )
 
@@ -230,11 +236,11 @@ def test_missing_and_extra_tensors_are_all_named(folder):
         ("up.weight.values", lambda t: t.view(1, -1), r"\(1, 38\)"),
     ],
 )  # fmt: skip
-def test_tensors_are_checked_even_where_every_digest_fits(name, change, message, folder):
-    tensors, head = load_file(folder / TENSORS), _head(folder)
+def test_tensors_are_checked_even_where_every_digest_fits(name, change, message, plain):
+    tensors, head = load_file(plain / TENSORS), _head(plain)
     tensors[name] = change(tensors[name])
-    _write(folder, head, tensors)
-    _refuses(folder, f"up.weight: .*{message}")
+    _write(plain, head, tensors)
+    _refuses(plain, f"up.weight: .*{message}")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +280,7 @@ def test_an_edited_head_is_found(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2; this version reads up to 1. Upgrade"),
+        ({"format": 3}, "format 3; this version reads up to 2. Upgrade"),
         ({"format": 0}, "format 0"),
         ({"format": True}, "format"),
         ({"format": "1"}, "does not say which format"),
@@ -296,7 +302,9 @@ def test_a_head_of_the_wrong_shape_is_named(change, message, folder):
     _refuses(folder, message)
 
 
-@pytest.mark.parametrize("key", ["format", "name", "method", "base", "edits", "tensors", "digest", "checksum"])
+@pytest.mark.parametrize(
+    "key", ["format", "name", "method", "base", "edits", "tensors", "codings", "digest", "checksum"]
+)
 def test_a_missing_key_is_named(key, folder):
     head = _head(folder)
     del head[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -61,6 +61,14 @@ class Edit(ABC):
     def bytes(self) -> int:
         """Bytes of the numbers it stores."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def supports(self) -> dict[str, int]:
+        """Which of its tensors are the sorted indices of a support, and of how many units each."""
+        return {}
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        """The same edit with what it adds rounded once to a narrower type; what must stay wide stays."""
+        return self
 
     def to(self, device: torch.device | str) -> Self:
         """The same edit on another device."""
@@ -128,6 +136,12 @@ class Sparse(Edit):
     def delta(self, W: Tensor) -> Tensor:
         return self.granularity.scatter(self.shape, self.index, self.values.to(W.dtype))
 
+    def supports(self) -> dict[str, int]:
+        return {"indices": self.granularity.units(self.shape)}
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        return replace(self, values=self.values.to(dtype))
+
     @property
     def touched(self) -> int:
         return self.values.numel()
@@ -175,6 +189,9 @@ class LowRank(Edit):
     def fold(self, W: Tensor) -> Tensor:
         return W + self.delta(W)
 
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
+
     def delta(self, W: Tensor) -> Tensor:
         return self.scale * (self.B.to(W.dtype) @ self.A.to(W.dtype))
 
@@ -209,6 +226,13 @@ class Rescaled(Edit):
         want_numbers("magnitude", magnitude)
         rest = {k: t for k, t in tensors.items() if k != "magnitude"}
         return cls(shape, build_edit(inner.get("type"), shape, rest, inner), magnitude)
+
+    def supports(self) -> dict[str, int]:
+        return self.inner.supports()
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        # Not the lengths: they multiply whole rows, which rounding would change by more than what was learned.
+        return replace(self, inner=self.inner.rounded(dtype))
 
     def fold(self, W: Tensor) -> Tensor:
         V = self.inner.fold(W)

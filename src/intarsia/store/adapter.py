@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from intarsia.edits import Edit
+from intarsia.errors import IntarsiaError
 from intarsia.store.digest import json_digest, tensor_digest
 
-FORMAT = 1
+FORMAT = 2
 TENSORS, HEAD, CARD = "adapter.safetensors", "adapter.json", "README.md"
+NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,27 @@ class Adapter:
     def bytes(self) -> int:
         """Bytes of its numbers."""
         return sum(edit.bytes for edit in self.outlines.values())
+
+    def rounded(self, values: str) -> Adapter:
+        """The same adapter with what its edits add rounded once to ``bfloat16`` or ``float16``; its head and card say so.
+
+        Lengths of rescaled edits and factors of kernels stay as they are.
+
+        Raises:
+            IntarsiaError: for another type, and for numbers that it cannot hold.
+        """
+        if values not in NARROW:
+            raise IntarsiaError(f"values={values!r}; expected one of {', '.join(NARROW)}, or none to keep them exactly")
+        edits = {weight: edit.rounded(NARROW[values]) for weight, edit in self.edits.items()}
+        large = [
+            f"{weight}.{part}"
+            for weight, edit in edits.items()
+            for part, tensor in edit.tensors().items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]
+        if large:
+            raise IntarsiaError(f"{', '.join(large[:5])}: numbers that {values} cannot hold; keep them exactly")
+        return replace(self, edits=edits, about={**self.about, "rounded": values})
 
 
 def edits_digest(facts: Mapping[str, Any], digests: Mapping[str, str], base: str) -> str:

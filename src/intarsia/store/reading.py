@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from torch import Tensor
 from intarsia.edits import Edit, build_edit
 from intarsia.errors import IntarsiaError
 from intarsia.store.adapter import FORMAT, HEAD, TENSORS, Adapter, Base, LazyEdits, edits_digest
+from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, NOT_STORED, count_of, decode
 from intarsia.store.digest import tensor_digest
 from intarsia.store.tensorfile import TensorFile, Unreadable
 from intarsia.store.writing import checksum
+from intarsia.support import Shape, file_index_dtype
 
 T = TypeVar("T")
 
@@ -63,51 +65,140 @@ def open(folder: str | Path) -> Adapter:
         file = TensorFile.open(folder / TENSORS)
     except Unreadable as error:
         raise IntarsiaError(_unreadable(folder, error)) from error
-    faults = [f"missing tensor {name}" for name in sorted(head["tensors"].keys() - file.entries.keys())]
-    faults += [f"unexpected tensor {name}" for name in sorted(file.entries.keys() - head["tensors"].keys())]
+    source = _Source(folder, file, head["edits"], head["tensors"], head.get("codings", {}))
+    faults = source.misnamed()
     if not faults and not _fits_itself(head):
         faults.append(f"{HEAD} does not match its own digest; it was edited or damaged")
     _raise(folder, faults)
     outlines: dict[str, Edit] = {}
-    names = _by_weight(head["tensors"])
-    faults = [
-        f"{weight}: tensors of a weight that has no edit" for weight in sorted(names.keys() - head["edits"].keys())
-    ]
-    for weight, fact in head["edits"].items():
+    faults = [f"{weight}: tensors of a weight that has no edit" for weight in source.unclaimed()]
+    for weight in head["edits"]:
         try:
-            found = {part: _outline(file, name) for part, name in names.get(weight, {}).items()}
-            outlines[weight] = _checked(weight, lambda fact=fact, found=found: _build(fact, found))  # type: ignore[misc]
+            outlines[weight] = source.outline(weight)
         except IntarsiaError as error:
             faults.append(str(error))
+    indices = sum(edit.tensors()[part].numel() for edit in outlines.values() for part in edit.supports())
+    if not faults and indices * INDEX_BYTES > MOST_INDICES * file.size:
+        faults.append(
+            f"it claims {indices:,} indices, and {TENSORS} has {file.size:,} bytes; it is damaged, or made to fill memory"
+        )
     _raise(folder, faults)
-    make = partial(_make, folder, file, names, head["edits"], head["tensors"])
-    edits = LazyEdits(outlines, head["tensors"], make)
+    edits = LazyEdits(outlines, head["tensors"], source.edit)
     base = Base(head["base"]["digest"], head["base"]["dtype"], head["base"].get("source", ""))
     return Adapter(head["name"], edits, base, head["method"], head.get("about", {}), head.get("note", {}))
 
 
-def _make(
-    folder: Path,
-    file: TensorFile,
-    names: Mapping[str, Mapping[str, str]],
-    facts: Mapping[str, Any],
-    digests: Mapping[str, str],
-    weight: str,
-) -> Edit:
-    """One weight's edit from the file."""
-    tensors, faults = {}, []
-    for part, name in names.get(weight, {}).items():
+class _Source:
+    """The tensors of a folder, by their names in it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        file: TensorFile,
+        facts: Mapping[str, Any],
+        digests: Mapping[str, str],
+        codings: Mapping[str, Any],
+    ):
+        self.folder, self.file, self.facts, self.digests, self.codings = folder, file, facts, digests, codings
+        self.names: dict[str, dict[str, str]] = {}  # weight -> part -> whole name
+        for name in digests:
+            weight, _, part = name.rpartition(".")
+            self.names.setdefault(weight, {})[part] = name
+        # Tensors that others are the same as, while an edit holds them: none is in memory twice.
+        self._shared: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+
+    def misnamed(self) -> list[str]:
+        """What is wrong with the names of tensors in the head and the file."""
+        faults = [
+            f"{HEAD} has a coding of {name}, which is no tensor of it"
+            for name in sorted(self.codings.keys() - self.digests.keys())
+        ]
+        wanted = {name for name in self.digests if self._coding(name).get("coding") not in NOT_STORED}
+        faults += [f"missing tensor {name}" for name in sorted(wanted - self.file.entries.keys())]
+        faults += [f"unexpected tensor {name}" for name in sorted(self.file.entries.keys() - wanted)]
+        return faults
+
+    def unclaimed(self) -> list[str]:
+        """Weights that have tensors and no edit."""
+        return sorted(self.names.keys() - self.facts.keys())
+
+    def outline(self, weight: str) -> Edit:
+        """The edit without its numbers: tensors on the meta device. Raises IntarsiaError where sizes do not fit."""
+
+        def build() -> Edit:
+            shape = _shape(self.facts[weight]["shape"])
+            parts = self.names.get(weight, {}).items()
+            return _build(self.facts[weight], {part: self._outline(name, shape) for part, name in parts})
+
+        return _checked(weight, build)
+
+    def edit(self, weight: str) -> Edit:
+        """The edit with its numbers, checked."""
+        shape = _shape(self.facts[weight]["shape"])
+        tensors, faults = {}, []
+        for part, name in self.names.get(weight, {}).items():
+            try:
+                tensors[part] = self._tensor(name, shape)
+            except Unreadable as error:
+                raise IntarsiaError(_unreadable(self.folder, error)) from error
+            except IntarsiaError as error:
+                faults.append(f"{name}: {error}")
+        _raise(self.folder, faults)
         try:
-            tensors[part] = file.read(name)
-        except Unreadable as error:
-            raise IntarsiaError(_unreadable(folder, error)) from error
-        if tensor_digest(tensors[part]) != digests[name]:
-            faults.append(f"{name}: its bytes do not match its digest; the file was changed or damaged")
-    _raise(folder, faults)
-    try:
-        return _checked(weight, lambda: _build(facts[weight], tensors))
-    except IntarsiaError as error:
-        raise IntarsiaError(_not_whole(folder, [str(error)])) from error
+            return _checked(weight, lambda: _build(self.facts[weight], tensors))
+        except IntarsiaError as error:
+            raise IntarsiaError(_not_whole(self.folder, [str(error)])) from error
+
+    def _coding(self, name: str) -> Mapping[str, Any]:
+        entry: Mapping[str, Any] = self.codings.get(name, {})
+        return entry
+
+    def _outline(self, name: str, shape: Shape) -> Tensor:
+        entry = self._coding(name)
+        if entry.get("coding") == "same":
+            return self._outline(self._same(name), shape)
+        stored = self.file.entries.get(name)
+        if not entry and stored is not None:
+            return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        row = None if stored is None or len(stored.shape) != 1 else (stored.dtype, stored.shape[0])
+        try:
+            return torch.empty(count_of(entry, shape, row), dtype=torch.int64, device="meta")
+        except IntarsiaError as error:
+            raise IntarsiaError(f"{name.rpartition('.')[2]}: {error}") from error
+
+    def _tensor(self, name: str, shape: Shape) -> Tensor:
+        """A tensor with its numbers, which match its digest."""
+        entry = self._coding(name)
+        if entry.get("coding") == "same":
+            other = self._same(name)
+            if self.digests[name] != self.digests[other]:
+                raise IntarsiaError(
+                    f"it is said to be the same as {other}, which has another digest; the file was changed or damaged"
+                )
+            return self._tensor(other, shape)
+        tensor = self._shared.get(name)
+        if tensor is not None:
+            return tensor
+        stored = self.file.read(name) if name in self.file.entries else None
+        if entry:
+            tensor = decode(entry, shape, stored)
+            found = tensor_digest(tensor.to(file_index_dtype(shape)))
+        else:
+            assert stored is not None
+            tensor, found = stored, tensor_digest(stored)
+        if found != self.digests[name]:
+            raise IntarsiaError("its bytes do not match its digest; the file was changed or damaged")
+        self._shared[name] = tensor
+        return tensor
+
+    def _same(self, name: str) -> str:
+        """The tensor that this one is said to be the same as."""
+        other = self._coding(name).get("as")
+        if not isinstance(other, str) or other not in self.digests or self._coding(other).get("coding") == "same":
+            raise IntarsiaError(
+                f"{name.rpartition('.')[2]} is said to be the same as what is no stored tensor; {HEAD} is damaged"
+            )
+        return other
 
 
 def _build(fact: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
@@ -122,20 +213,6 @@ def _checked(weight: str, build: Callable[[], T]) -> T:
         raise IntarsiaError(f"{weight}: {error}") from error
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise IntarsiaError(f"{weight}: its entry in {HEAD} is damaged") from error
-
-
-def _outline(file: TensorFile, name: str) -> Tensor:
-    entry = file.entries[name]
-    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-
-def _by_weight(names: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The tensors' whole names by weight and part: ``up.weight.A`` is part ``A`` of ``up.weight``."""
-    found: dict[str, dict[str, str]] = {}
-    for name in names:
-        weight, _, part = name.rpartition(".")
-        found.setdefault(weight, {})[part] = name
-    return found
 
 
 def _fits_itself(head: Mapping[str, Any]) -> bool:
@@ -181,14 +258,15 @@ def _read_head(folder: Path) -> dict[str, Any]:
         raise IntarsiaError(
             f"{folder} is in format {head['format']}; this version reads up to {FORMAT}. Upgrade: pip install -U intarsia"
         )
-    missing = [key for key in REQUIRED if key not in head]
+    required = REQUIRED if head["format"] < 2 else (*REQUIRED, "codings")
+    missing = [key for key in required if key not in head]
     if missing:
         raise IntarsiaError(f"{folder / HEAD} lacks {', '.join(missing)}; it is damaged")
     faults = [
         f"{where} is {type(value).__name__}, expected {kind.__name__}"
         for where, value, kind in (
             *((key, head[key], dict) for key in ("method", "base", "edits", "tensors")),
-            *((key, head.get(key, {}), dict) for key in ("about", "note")),
+            *((key, head.get(key, {}), dict) for key in ("about", "note", "codings")),
             *((key, head[key], str) for key in ("name", "digest")),
         )
         if not isinstance(value, kind)
@@ -198,6 +276,13 @@ def _read_head(folder: Path) -> dict[str, Any]:
         faults = [
             f"base.{key} is no text" for key in ("digest", "dtype", "source") if not isinstance(base.get(key), str)
         ]
+        faults += [
+            f"what {key} says of {name} is no {kind.__name__}"
+            for key, kind in (("edits", dict), ("tensors", str), ("codings", dict))
+            for name, value in head.get(key, {}).items()
+            if not isinstance(value, kind)
+        ][:5]
+        faults += ["format 1 has no codings"] if head["format"] < 2 and "codings" in head else []
     if faults:
         raise IntarsiaError(f"{folder / HEAD} is damaged: {'; '.join(faults)}")
     return head

@@ -1,7 +1,7 @@
 """Writing an adapter's folder, whole or not at all.
 
     adapter.safetensors   the numbers: ``<weight>.indices`` + ``<weight>.values``, or ``.A`` + ``.B`` (+ ``.magnitude``)
-    adapter.json          format, method, base, the type and shape of each edit, a SHA-256 of each tensor and of the whole
+    adapter.json          format, method, base, type and shape of each edit, codings, a SHA-256 of each tensor and of the whole
     README.md             the model card
 
 A folder is written aside and renamed, so that a half-written one is never taken for an adapter, and a failed save leaves
@@ -21,12 +21,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from intarsia._version import __version__
-from intarsia.errors import IntarsiaError
+from intarsia.errors import IntarsiaError, nearest
+from intarsia.method import Start
 from intarsia.store.adapter import CARD, FORMAT, HEAD, TENSORS, Adapter, edits_digest
 from intarsia.store.card import card
+from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, encode
 from intarsia.store.digest import json_digest, tensor_digest
+
+CODINGS = ("compact", "plain")
+SMALL = 256  # bytes; below it, saying in the head that a tensor is the same as another one takes more than the tensor
 
 
 def checksum(head: Mapping[str, Any]) -> str:
@@ -34,27 +40,38 @@ def checksum(head: Mapping[str, Any]) -> str:
     return json_digest(json.loads(json.dumps({key: value for key, value in head.items() if key != "checksum"})))
 
 
-def write(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path:
+def write(
+    adapter: Adapter, folder: str | Path, overwrite: bool = False, *, coding: str = "compact", values: str | None = None
+) -> Path:
     """Write the adapter's folder, whole or not at all. -> the folder.
 
+    Args:
+        coding: ``compact``: indices in the smallest exact coding, no tensor twice; ``plain``: every tensor as it is, so that
+            any program can read ``<weight>.indices`` and ``<weight>.values``. Both are exact, and read back alike.
+        values: ``bfloat16`` or ``float16``: round what is added once (:meth:`Adapter.rounded`); None: keep every bit.
+
     Raises:
-        IntarsiaError: when the folder exists (and is not to be overwritten), when a number is not finite, or when it
-            cannot be written (no space, no permission); what stood there before is untouched.
+        IntarsiaError: when the folder exists (and is not to be overwritten), when a number is not finite or too large for
+            the type asked for, or when it cannot be written (no space, no permission); what stood there before is untouched.
     """
     folder = Path(folder)
+    if coding not in CODINGS:
+        raise IntarsiaError(f"coding={coding!r}; {nearest(coding, CODINGS)}")
     if folder.exists() and not overwrite:
         raise IntarsiaError(
             f"{folder} exists already; choose another folder, or pass overwrite=True (--overwrite) to replace it"
         )
     if folder.exists() and not (folder / HEAD).exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise IntarsiaError(f"{folder} is not an adapter folder, so it is not overwritten; choose another one")
-    broken = [
-        name for name, tensor in adapter.tensors().items() if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
     if broken:
         raise IntarsiaError(
             f"not saved: {', '.join(broken[:5])} hold numbers that are not finite; the training diverged, lower the learning rate"
         )
+    if values is not None:
+        adapter = adapter.rounded(values)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}
     try:
         json.dumps([dict(adapter.method), dict(adapter.about), dict(adapter.note)])
     except (TypeError, ValueError) as error:
@@ -65,7 +82,7 @@ def write(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-        _fill(aside, adapter)
+        _fill(aside, adapter, tensors, coding)
         _swap(aside, folder)
     except OSError as error:
         raise IntarsiaError(
@@ -79,9 +96,9 @@ def write(adapter: Adapter, folder: str | Path, overwrite: bool = False) -> Path
     return folder
 
 
-def _fill(aside: Path, adapter: Adapter) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}
+def _fill(aside: Path, adapter: Adapter, tensors: dict[str, Tensor], coding: str) -> None:
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    codings, stored = _compact(adapter, tensors, digests) if coding == "compact" else ({}, tensors)
     head = {
         "format": FORMAT,
         "written_by": f"intarsia {__version__}",
@@ -90,20 +107,71 @@ def _fill(aside: Path, adapter: Adapter) -> None:
         "digest": edits_digest(adapter.facts(), digests, adapter.base.digest),
         "method": dict(adapter.method),
         "base": {"digest": adapter.base.digest, "dtype": adapter.base.dtype, "source": adapter.base.source},
-        "values": "delta",  # W' = W + values; never absolute in format 1
+        "values": "delta",  # W' = W + values; never absolute
         "about": dict(adapter.about),
         "note": dict(adapter.note),
         "edits": adapter.facts(),
         "tensors": digests,
+        "codings": codings,
     }
-    save_file(tensors, aside / TENSORS, metadata={"format": str(FORMAT), "library": "intarsia"})
+    save_file(_apart(stored), aside / TENSORS, metadata={"format": "pt"})
     head["checksum"] = checksum(head)
     (aside / HEAD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
-    (aside / CARD).write_text(card(head, adapter), encoding="utf-8")
+    (aside / CARD).write_text(card(head, adapter, (aside / TENSORS).stat().st_size), encoding="utf-8")
     for name in (TENSORS, HEAD, CARD):
         with open(aside / name, "rb") as file:
             os.fsync(file.fileno())
     aside.chmod(0o755)
+
+
+def _compact(
+    adapter: Adapter, tensors: Mapping[str, Tensor], digests: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the head says of tensors that are not stored as they are, and those that are stored."""
+    codings: dict[str, Any] = {}
+    stored = dict(tensors)
+    for weight, edit in adapter.outlines.items():
+        for part, units in edit.supports().items():
+            name = f"{weight}.{part}"
+            entry, coded = encode(tensors[name], edit.shape, units, _key(adapter, weight))
+            if entry:
+                del stored[name]
+                codings[name] = entry
+                stored |= {} if coded is None else {name: coded}
+    first: dict[str, str] = {}
+    again = {
+        name: first.setdefault(digests[name], name)
+        for name in stored
+        if stored[name].nbytes > SMALL and first.setdefault(digests[name], name) != name
+    }
+    # So many times the file's bytes a reader would take for hostile: then each is written out.
+    if INDEX_BYTES * _indices(adapter) <= MOST_INDICES // 2 * sum(
+        t.nbytes for n, t in stored.items() if n not in again
+    ):
+        codings |= {name: {"coding": "same", "as": other} for name, other in again.items()}
+        stored = {name: tensor for name, tensor in stored.items() if name not in again}
+    return codings, stored
+
+
+def _key(adapter: Adapter, weight: str) -> int | None:
+    """The key that draws random supports at a weight, where it is known: that of its making."""
+    seed = adapter.about.get("seed")
+    return None if type(seed) is not int else Start.at(weight.removesuffix(".weight"), seed).key
+
+
+def _indices(adapter: Adapter) -> int:
+    return sum(edit.tensors()[part].numel() for edit in adapter.outlines.values() for part in edit.supports())
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as the safetensors library asks."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def _swap(aside: Path, folder: Path) -> None:
