@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,8 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
 import intarsia as ia
+from fuzz_files import fuzz
 from intarsia import store
-from intarsia.store import HEAD, TENSORS
+from intarsia.store import HEAD, TENSORS, writing
+from kill_writers import kill_at_every_line
 from small import SITES, adapted, small_net, some_input, some_loss, stir
 
 METHODS = [
@@ -541,7 +544,9 @@ def test_a_full_disk_leaves_the_old_adapter_whole(where, exists, tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_swap_that_fails_puts_the_old_adapter_back(at, error, tmp_path):
+    """By two renames, where two folders cannot change places in one step."""
     ia.save(adapted(METHODS[0]), tmp_path / "a")
+    (tmp_path / "a" / "log.jsonl").write_text("log")
     before, calls, real = _contents(tmp_path), 0, Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -551,10 +556,51 @@ def test_a_swap_that_fails_puts_the_old_adapter_back(at, error, tmp_path):
             raise error
         return real(self, target)
 
-    with mock.patch.object(Path, "rename", rename), pytest.raises((ia.IntarsiaError, KeyboardInterrupt)):
+    with (
+        mock.patch.object(Path, "rename", rename),
+        mock.patch("intarsia.store.writing._exchange", return_value=False),
+        pytest.raises((ia.IntarsiaError, KeyboardInterrupt)),
+    ):
         ia.save(adapted(METHODS[1]), tmp_path / "a", overwrite=True)
     assert _contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_exchange_that_fails_leaves_the_old_adapter(folder):
+    before = _contents(folder.parent)
+    fail = mock.patch("intarsia.store.writing._exchange", side_effect=OSError(errno.EIO, "input/output error"))
+    with fail, pytest.raises(ia.IntarsiaError, match="input/output error"):
+        ia.save(adapted(METHODS[1]), folder, overwrite=True)
+    assert _contents(folder.parent) == before
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_other_files_are_carried_over(exchange, folder):
+    (folder / "log.jsonl").write_text("log")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "loss.svg").write_text("svg")
+    (folder / "link").symlink_to("log.jsonl")
+    real = writing._exchange if exchange else lambda *_: False
+    with mock.patch("intarsia.store.writing._exchange", real):
+        ia.save(adapted(METHODS[1]), folder, overwrite=True)
+    assert ia.read(folder).method["name"] == "paca"
+    assert (folder / "log.jsonl").read_text() == "log"
+    assert (folder / "plots" / "loss.svg").read_text() == "svg"
+    assert (folder / "link").readlink() == Path("log.jsonl")
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_save_cut_short_between_two_renames_is_told(folder):
+    hidden = folder.parent / ".adapter.x1.old" / "adapter"
+    hidden.parent.mkdir()
+    folder.rename(hidden)
+    with pytest.raises(ia.IntarsiaError, match=r"A save was cut short: .*\.adapter\.x1\.old/adapter, rename it to"):
+        ia.read(folder)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="two folders change places in one step on Linux alone")
+def test_a_writer_that_is_killed_leaves_a_whole_adapter():
+    assert kill_at_every_line() > 50
 
 
 def test_an_existing_folder_is_not_touched_unasked(folder):
@@ -625,3 +671,9 @@ def test_digests_tell_everything_apart():
 def test_digests_do_not_change_between_releases():
     assert store.tensor_digest(torch.arange(3.0)) == "90ff15c65b0e4ac6c224eb5ffe2891684a9cbdd2ebf50f5f3a07cedaf7d813c4"
     assert ia.digest(torch.nn.Sequential()) == "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
+
+
+def test_mutated_files_are_refused_or_load_and_take_little_memory():
+    """A share of ``python tests/fuzz_files.py --files 2000``; INTARSIA_FUZZ sets another one."""
+    counts = fuzz(int(os.environ.get("INTARSIA_FUZZ", "200")), seed=1)
+    assert counts["refused"] > counts["same"] + counts["other"] > 0

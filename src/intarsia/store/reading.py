@@ -6,6 +6,7 @@ asked for. ``read`` does all of it at once.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from intarsia.store.adapter import FORMAT, HEAD, TENSORS, Adapter, Base, LazyEdi
 from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, NOT_STORED, count_of, decode
 from intarsia.store.digest import tensor_digest
 from intarsia.store.tensorfile import TensorFile, Unreadable
-from intarsia.store.writing import checksum
+from intarsia.store.writing import OLD, checksum
 from intarsia.support import Shape, file_index_dtype
 
 T = TypeVar("T")
@@ -240,7 +241,9 @@ def _unreadable(folder: Path, error: Unreadable) -> str:
 def _read_head(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise IntarsiaError(f"{folder} {what}; an adapter is a folder with {HEAD} and {TENSORS}")
+        before = next(folder.parent.glob(f".{glob.escape(folder.name)}.*{OLD}/adapter"), None)
+        cut = f". A save was cut short: the adapter before it is {before}, rename it to {folder}" if before else ""
+        raise IntarsiaError(f"{folder} {what}; an adapter is a folder with {HEAD} and {TENSORS}{cut}")
     if not (folder / HEAD).exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
         raise IntarsiaError(f"{folder} is not an adapter: it has no {HEAD} (found {found})")

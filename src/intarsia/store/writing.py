@@ -10,10 +10,13 @@ the old one whole.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +35,7 @@ from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, encode
 from intarsia.store.digest import json_digest, tensor_digest
 
 CODINGS = ("compact", "plain")
+OLD = ".old"  # of the hidden folder that holds the adapter before, while two renames are made
 SMALL = 256  # bytes; below it, saying in the head that a tensor is the same as another one takes more than the tensor
 
 
@@ -175,14 +179,20 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _swap(aside: Path, folder: Path) -> None:
-    """Put the finished folder in place of the old one; a failure in between puts the old one back.
+    """Put the finished folder in place of the old one; what is left at ``aside`` may be thrown away.
 
-    Other files in the old folder, such as a training log, are carried over.
+    Other files in the old folder, such as a training log, are carried over. On Linux the two change places in one step, so
+    whoever looks, or whatever is killed, finds the old adapter or the new one. Elsewhere there is an instant between two
+    renames when the folder is not there; a failure in between puts the old one back.
     """
     if not folder.exists():
         aside.rename(folder)
         return
-    hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+    for other in [path for path in folder.iterdir() if path.name not in (TENSORS, HEAD, CARD)]:
+        _carry(other, aside / other.name)
+    if not folder.is_symlink() and _exchange(aside, folder):
+        return
+    hidden = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=OLD, dir=folder.parent))
     old = hidden / "adapter"
     try:
         folder.rename(old)
@@ -191,8 +201,40 @@ def _swap(aside: Path, folder: Path) -> None:
         except BaseException:
             old.rename(folder)
             raise
-        for other in [path for path in old.iterdir() if path.name not in (TENSORS, HEAD, CARD)]:
-            other.rename(folder / other.name)
     finally:
-        if folder.exists() and not (old.exists() and {p.name for p in old.iterdir()} - {TENSORS, HEAD, CARD}):
+        if folder.exists():
             shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _carry(path: Path, to: Path) -> None:
+    """The same file or folder at another place too; as a second name where the file system has such."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, to, symlinks=True, copy_function=link)
+    elif path.is_symlink():
+        to.symlink_to(path.readlink())
+    else:
+        link(str(path), str(to))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step. -> False where the system or its file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(error, os.strerror(error))
