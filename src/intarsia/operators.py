@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intarsia.precision import product
+
 if TYPE_CHECKING:
     from intarsia.support import Granularity, Plan
 
@@ -104,7 +106,7 @@ class Linear(Operator):
         return x @ A.mT @ B.mT
 
     def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> Tensor:
-        return gy @ W
+        return product(gy, W)
 
     def bias_gradient(self, gy: Tensor) -> Tensor:
         return gy.reshape(-1, gy.shape[-1]).sum(0)
@@ -135,7 +137,7 @@ class Tied(Linear):
         return x  # all of it: the support's columns are outputs here
 
     def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> Tensor:
-        return gy @ W.mT
+        return product(gy, W.mT)
 
     def support_gradient(
         self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]

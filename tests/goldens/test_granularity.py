@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import intarsia as ia
 from intarsia.errors import IntarsiaError
 from intarsia.support import GRANULARITIES, Column, Element, Granularity, Line, Row, Tile, named_granularity
 from intarsia.support.granularity import Diagonal, Shape
@@ -84,7 +87,6 @@ def test_the_gradient_is_the_dense_one_on_the_support(unit: Granularity, shape: 
 def test_elements_of_a_large_weight_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     gy, x = torch.randn(6, 10, dtype=torch.float64), torch.randn(6, 7, dtype=torch.float64)
     index = torch.tensor([0, 6, 7, 20, 21, 41, 42, 69])
-    monkeypatch.setattr("intarsia.support.granularity.FEW", 0)
     whole = (gy.mT @ x).view(-1)[index]
     for at_once in (1, 7, 14, 21, 69):
         monkeypatch.setattr("intarsia.support.granularity.AT_ONCE", at_once)
@@ -113,12 +115,54 @@ def test_a_granularity_by_name() -> None:
             named_granularity(name, width)
 
 
-@pytest.mark.parametrize("unit", [Element(), Diagonal()], ids=repr)
-def test_few_entries_are_products_of_gathered_rows(unit: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
-    gy, x, index = torch.randn(6, 10, dtype=torch.float64), torch.randn(6, 7, dtype=torch.float64), torch.tensor([2, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_few_entries_are_sampled(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intarsia.support.granularity.SMALL", 1)
+    shape, index = (
+        (10, 71),
+        torch.tensor([0, 2, 71, 300, 301, 399, 640, 709]),
+    )  # two rows of one, some of none, the last entry
+    plan = Element().plan(shape, index)
+    assert len(plan) == 2
+    gy, x = torch.randn(2, 3, 10).to(dtype), torch.randn(2, 3, 71).to(dtype)
+    found = Element().gradient(gy, x, index, plan, shape)
+    expected = torch.einsum("bto,bti->oi", gy.double(), x.double()).view(-1)[index]
+    assert found.dtype == dtype
+    error = (found.double() - expected).abs().max()
+    assert error <= 8 * torch.finfo(dtype).eps * expected.abs().max(), "summed in float32 or wider, rounded once"
+
+
+def test_many_entries_and_small_weights_are_not_sampled() -> None:
+    assert len(Element().plan((512, 512), torch.arange(5000))) == 2
+    assert Element().plan((512, 512), torch.arange(6000)) == ()
+    assert Element().plan((128, 512), torch.arange(8)) == ()
+
+
+@pytest.mark.parametrize("unit", KINDS, ids=repr)
+def test_a_cpu_without_bfloat16_gives_the_same_gradient(unit: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[0]
+    index = supports(unit, shape)[-1]
+    plan = unit.plan(shape, index)
+    gy, x = torch.randn(33, shape[0]).bfloat16(), torch.randn(33, shape[1]).bfloat16()
     found = []
-    for few in (0, 1000):
-        monkeypatch.setattr("intarsia.support.granularity.FEW", few)
-        found.append(unit.gradient(gy, x, index, (), (10, 7)))
-    assert torch.allclose(found[0], found[1], rtol=1e-12)
-    assert torch.allclose(found[0], unit.gather(gy.mT @ x, index), rtol=1e-12)
+    for emulates in (True, False):
+        monkeypatch.setattr("intarsia.precision.EMULATES_BFLOAT16", emulates)
+        found.append(unit.gradient(gy, unit.keep(x, index, plan), index, plan, shape))
+    assert found[0].dtype == found[1].dtype == torch.bfloat16
+    assert torch.allclose(found[0].float(), found[1].float(), rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing, torch 2.13
+def test_a_sampled_gradient_is_compiled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intarsia.support.granularity.SMALL", 1)
+    net = nn.Sequential(nn.Linear(71, 40, bias=False))
+    ia.attach(net, ia.Shira(density=0.01), "0")
+    state: Any = net.get_submodule("0.adapters.default")
+    x = torch.randn(5, 71)
+    gradients = []
+    for model in (net, torch.compile(net, fullgraph=True, backend="aot_eager")):
+        net.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append(state.values.grad.clone())
+    assert state.plan_length == 2, "the support is sampled at all"
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-5)

@@ -11,6 +11,8 @@ for a support by ``plan``; ``keep`` is what backward needs of x.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError, nearest
+from intarsia.precision import goes_wide, product
 
 Shape = tuple[int, int]
 Plan = tuple[Tensor, ...]
@@ -131,8 +134,24 @@ class Element(Granularity):
     def reduce(self, scores: Tensor) -> Tensor:
         return scores.reshape(-1)
 
+    def plan(self, shape: Shape, index: Tensor) -> Plan:
+        """Where entries are few, how they lie by rows: (entries in the rows before each (O + 1,), their columns (k,))."""
+        rows, columns = shape
+        few = len(index) * FEW < rows * columns and SMALL * (rows + columns) <= rows * columns
+        if not few or index.device.type != "cpu":
+            return ()
+        before = torch.zeros(rows + 1, dtype=torch.int32)
+        before[1:] = (index // columns).bincount(minlength=rows).cumsum(0)
+        return before, (index % columns).to(torch.int32)
+
     def gradient(self, gy: Tensor, kept: Tensor, index: Tensor, plan: Plan, shape: Shape) -> Tensor:
-        return _entries(_tokens(gy), _tokens(kept), index)
+        gy, x = _tokens(gy), _tokens(kept)
+        if plan and gy.device.type == "cpu":
+            # In float32: the sampled product knows no narrower numbers.
+            wide = torch.promote_types(gy.dtype, torch.float32)
+            found: Tensor = sampled(*plan, gy.mT.contiguous().to(wide), x.mT.contiguous().to(wide))
+            return found.to(gy.dtype)
+        return _entries(gy, x, index)
 
 
 @dataclass(frozen=True)
@@ -282,7 +301,7 @@ class Row(Wide):
         return () if self.width == 1 else (self.spread(index),)
 
     def gradient(self, gy: Tensor, kept: Tensor, index: Tensor, plan: Plan, shape: Shape) -> Tensor:
-        return _tokens(gy).index_select(1, plan[0] if plan else index).mT @ _tokens(kept)
+        return product(_tokens(gy).index_select(1, plan[0] if plan else index).mT, _tokens(kept))
 
 
 @dataclass(frozen=True)
@@ -324,7 +343,7 @@ class Column(Wide):
         return x.index_select(-1, plan[0] if plan else index)
 
     def gradient(self, gy: Tensor, kept: Tensor, index: Tensor, plan: Plan, shape: Shape) -> Tensor:
-        return _tokens(gy).mT @ _tokens(kept)
+        return product(_tokens(gy).mT, _tokens(kept))
 
 
 @dataclass(frozen=True)
@@ -354,7 +373,8 @@ class Diagonal(Granularity):
 
 
 AT_ONCE = 1 << 26  # entries of a dense product that single entries may make at a time: 256 MB of float32
-FEW = 300  # one entry in so many: then products of gathered rows are quicker than the dense one (on a CPU, in float32)
+FEW = 50  # one entry in so many: then sampling the product is quicker than the dense one (on a CPU, in float32),
+SMALL = 256  # but not on small weights, where copying x and gy by columns outweighs the product
 
 GRANULARITIES: dict[str, type[Granularity]] = {g.name: g for g in (Element, Line, Tile, Row, Column, Diagonal)}
 
@@ -400,10 +420,8 @@ def _tokens(x: Tensor) -> Tensor:
 def _entries(gy: Tensor, x: Tensor, positions: Tensor) -> Tensor:
     """Entries of gy^T x at flat positions. (T, O), (T, I), (n,) -> (n,)."""
     rows, columns = gy.shape[1], x.shape[1]
-    if gy.device.type == "cpu" and gy.dtype.itemsize >= 4 and len(positions) * FEW < rows * columns:
-        left = gy.mT.contiguous().index_select(0, positions // columns)
-        found: Tensor = torch.linalg.vecdot(left, x.mT.contiguous().index_select(0, positions % columns))
-        return found
+    if goes_wide(gy):
+        return _entries(gy.float(), x.float(), positions).to(gy.dtype)
     if rows * columns <= AT_ONCE:
         # One layer's dense product, transient: only the gathered entries outlive this line.
         return (gy.mT @ x).view(-1).index_select(0, positions)
@@ -414,6 +432,32 @@ def _entries(gy: Tensor, x: Tensor, positions: Tensor) -> Tensor:
         part = gy[:, first : first + some].mT @ x
         found[here] = part.view(-1).index_select(0, positions[here] - first * columns)
     return found
+
+
+@torch.library.custom_op("intarsia::sampled", mutates_args=())
+def sampled(before: Tensor, column: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Some entries of left @ right^T, row by row: ``before`` (O + 1,) counts those of the rows before, ``column`` (k,).
+
+    An operator of its own, because torch.compile cannot trace sparse tensors. (O, T), (I, T) -> (k,).
+    """
+    _heard()
+    size = (len(left), len(right))
+    pattern = torch.sparse_csr_tensor(before, column, left.new_zeros(len(column)), size=size, check_invariants=False)
+    found: Tensor = torch.sparse.sampled_addmm(pattern, left, right.mT).values()
+    return found
+
+
+@functools.cache
+def _heard() -> None:
+    """torch says once that compressed sparse tensors are in beta: let it say so here, to nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 1], [0], [0.0], size=(1, 1), check_invariants=False)
+
+
+@sampled.register_fake
+def _(before: Tensor, column: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(len(column))
 
 
 def _norms(scores: Tensor, dim: int | tuple[int, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """A keyed permutation of 0..n-1, so that k distinct random indices cost O(k) and no permutation of the whole weight.
 
-A Feistel network of four rounds over 2h bits, 4^h >= n, walked until the value falls below n (fewer than four steps
-on average). The round function is the 32-bit finaliser of MurmurHash3 (Appleby 2011) of the half and the round key.
+A Feistel network of four rounds over b bits, the fewest with 2^b >= n (but two), whose halves change their widths with
+every round where b is odd; walked until the value falls below n (fewer than two steps on average). The round function is the 32-bit finaliser of MurmurHash3 (Appleby 2011) of the half and the round key.
 Written in exact integer arithmetic, so that a seed means the same support on every device and in every release:
 this file is part of the adapter format, and ``tests/support`` pins its numbers.
 """
@@ -9,7 +9,7 @@ this file is part of the adapter format, and ``tests/support`` pins its numbers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ Numbers = NDArray[Any]
 
 ROUNDS = 4
 _LOW32 = 0xFFFFFFFF
+MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 0))  # MurmurHash3's finaliser: xor with a shift of itself, multiply
 
 
 def permute(index: Tensor, n: int, key: int) -> Tensor:
@@ -31,28 +32,25 @@ def permute(index: Tensor, n: int, key: int) -> Tensor:
 def sample(n: int, k: int, key: int) -> Tensor:
     """k distinct indices of 0..n-1, sorted. -> (k,) int64."""
     found = _walk(np.arange(k), n, _round_keys(key))
-    if n > 64 * k:
-        return torch.from_numpy(np.sort(found))
-    taken = np.zeros(n, dtype=bool)  # where many are drawn, marking them is quicker than sorting
-    taken[found] = True
-    return torch.from_numpy(np.flatnonzero(taken))
+    # numpy sorts 32-bit numbers with the processor's vectors, several times as quick as 64-bit ones.
+    return torch.from_numpy(np.sort(found.astype(np.uint32)).astype(np.int64) if n <= _LOW32 else np.sort(found))
 
 
 def sample_rows(rows: int, n: int, k: int, key: int) -> Tensor:
     """k distinct indices of 0..n-1 in each of the rows, each row with its own permutation. -> (rows, k) int64, each row sorted."""
-    number = _mix(np.arange(1, rows + 1, dtype=np.uint32), _wrapped).repeat(k)
-    keys = [_mix(number ^ each, _wrapped) for each in _round_keys(key)]
+    number = _mixed(np.arange(1, rows + 1, dtype=np.uint32)).repeat(k)
+    keys = [_mixed(number ^ each) for each in _round_keys(key)]
     found = _walk(np.tile(np.arange(k), rows), n, keys).reshape(rows, k)
     return torch.from_numpy(np.sort(found, axis=1))
 
 
 def _walk(index: Numbers, n: int, keys: Sequence[Any]) -> Numbers:
     """The permutation of 0..n-1 with these round keys, each a single number or one for every index. (k,) int64 -> (k,) int64."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    out = _feistel(index, half, keys)
+    bits = max(2, (n - 1).bit_length())
+    out = _feistel(index, bits, keys)
     outside = np.flatnonzero(out >= n)
     while len(outside):  # cycle walking keeps it a permutation of 0..n-1
-        again = _feistel(out[outside], half, [key if np.ndim(key) == 0 else key[outside] for key in keys])
+        again = _feistel(out[outside], bits, [key if np.ndim(key) == 0 else key[outside] for key in keys])
         out[outside] = again
         outside = outside[again >= n]
     return out
@@ -63,35 +61,41 @@ def _round_keys(key: int) -> list[np.uint32]:
     return [np.uint32(int.from_bytes(digest[4 * i : 4 * i + 4], "little")) for i in range(ROUNDS)]
 
 
-def _feistel(x: Numbers, half: int, keys: Sequence[Any]) -> Numbers:
-    # In numpy, whose 32-bit numbers wrap as the hash wants them: five times as quick as 64-bit ones in torch.
-    mask = np.uint32((1 << half) - 1)
-    left, right = (x >> half).astype(np.uint32), (x & int(mask)).astype(np.uint32)
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key, _wrapped) & mask)
-    return (left.astype(np.int64) << half) | right
+def _feistel(x: Numbers, bits: int, keys: Sequence[Any]) -> Numbers:
+    # In numpy, whose 32-bit numbers wrap as the hash wants them, and in place: ten times as quick as 64-bit ones in torch.
+    low = bits // 2
+    left, right = (x >> low).astype(np.uint32), (x & ((1 << low) - 1)).astype(np.uint32)
+    widths = (bits - low, low)  # of left and right, which change places with every round
+    mixed, room = np.empty_like(left), np.empty_like(left)
+    for round, key in enumerate(keys):
+        np.bitwise_xor(right, key, out=mixed)
+        _mixed(mixed, room)
+        np.bitwise_and(mixed, np.uint32((1 << widths[round % 2]) - 1), out=mixed)
+        np.bitwise_xor(left, mixed, out=left)
+        left, right = right, left
+    return (left.astype(np.int64) << low) | right
 
 
-def _mix(x: Any, multiply: Callable[[Any, int], Any]) -> Any:
-    """The finaliser, of numpy's 32-bit numbers or of torch's 64-bit ones below 2^32; a shift is logical on both."""
-    x = x ^ (x >> 16)
-    x = multiply(x, 0x85EBCA6B)
-    x = x ^ (x >> 13)
-    x = multiply(x, 0xC2B2AE35)
-    return x ^ (x >> 16)
+def _mixed(x: Numbers, room: Numbers | None = None) -> Numbers:
+    """The hash of numpy's 32-bit numbers, in place; ``room`` is as large as they are. -> x."""
+    room = np.empty_like(x) if room is None else room
+    for shift, constant in MIX:
+        np.bitwise_xor(x, np.right_shift(x, np.uint32(shift), out=room), out=x)
+        if constant:
+            np.multiply(x, np.uint32(constant), out=x)
+    return x
 
 
-def _wrapped(x: Numbers, constant: int) -> Numbers:
-    return x * np.uint32(constant)
-
-
-def _multiply(x: Tensor, constant: int) -> Tensor:
-    """x * constant mod 2^32 for x < 2^32, in two halves so that int64 never overflows."""
-    low, high = constant & 0xFFFF, constant >> 16
-    return (x * low + (((x * high) & 0xFFFF) << 16)) & _LOW32
+def _mix(x: Tensor) -> Tensor:
+    """The hash of torch's 64-bit numbers below 2^32."""
+    for shift, constant in MIX:
+        x = x ^ (x >> shift)
+        if constant:  # in two halves, so that int64 never overflows
+            x = (x * (constant & 0xFFFF) + (((x * (constant >> 16)) & 0xFFFF) << 16)) & _LOW32
+    return x
 
 
 def draw(key: Tensor, step: Tensor, n: int) -> Tensor:
     """A number of 0..n-1 for each key at a step, the same on every device. (k,) int64 below 2^32, () int64 -> (k,) int64."""
-    drawn: Tensor = _mix(key ^ _mix(step + 1, _multiply), _multiply) % n  # in torch: a compiled forward draws too
+    drawn: Tensor = _mix(key ^ _mix(step + 1)) % n  # in torch: a compiled forward draws too
     return drawn
