@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,42 @@ def test_a_random_support_stores_no_indices(method, rows, tmp_path):
     back = store.read(folder)
     assert torch.equal(back.tensors()[part], expected.to(torch.int32))
     assert back.digest == ia.export(model).digest
+
+
+def _permute_by_hand(x: int, n: int, keys: list[int]) -> int:
+    """As docs/format.md defines it, for a reader without our code."""
+    b = max(2, (n - 1).bit_length())
+    low = b // 2
+    width = (b - low, low)
+    while True:
+        left, right = x >> low, x % 2**low
+        for i in range(4):
+            left, right = right, left ^ _mix_by_hand(right ^ keys[i]) % 2 ** width[i % 2]
+        x = left << low | right
+        if x < n:
+            return x
+
+
+def _mix_by_hand(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x85EBCA6B % 2**32
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 % 2**32
+    return x ^ x >> 16
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 384, 1000, 4097, 2**33])
+def test_the_generator_is_the_one_that_the_page_defines(n):
+    key, k = Start.at("up", 3).key, min(n, 20)
+    assert key == int.from_bytes(hashlib.blake2b(b"3:up", digest_size=8).digest(), "little") >> 1
+    digest = hashlib.blake2b(key.to_bytes(8, "little"), digest_size=16).digest()
+    keys = [int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(4)]
+    assert Drawn(key).index(n, k).tolist() == sorted(_permute_by_hand(x, n, keys) for x in range(k))
+    rows = []
+    for i in range(3):
+        mixed = [_mix_by_hand(_mix_by_hand(i + 1) ^ each) for each in keys]
+        rows += [i * n + x for x in sorted(_permute_by_hand(x, n, mixed) for x in range(k))]
+    assert Drawn(key, 3).index(3 * n, 3 * k).tolist() == rows
 
 
 def test_any_random_support_gets_its_seed_whatever_drew_it(tmp_path):
