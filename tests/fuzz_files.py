@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import intarsia as ia
 from intarsia import store
-from intarsia.edits import LowRank, elements
+from intarsia.edits import Edit, LowRank, elements
 from intarsia.methods import Rosa, Snell
 from intarsia.store import HEAD, TENSORS
 from small import adapted
@@ -49,8 +49,8 @@ def corpus(place: Path) -> list[Path]:
     folders = [ia.save(adapted(m), place / str(i), coding=c) for i, m in enumerate(methods) for c in ["compact"]]
     folders.append(ia.save(adapted(methods[0]), place / "plain", coding="plain", values="bfloat16"))
     index, A = torch.arange(1000) * 7 + torch.arange(1000) // 3, torch.linspace(-1, 1, 200).view(2, 100)
-    twins = {f"{i}.weight": elements((100, 100), index, torch.linspace(-1, i, 1000)) for i in (1, 2)}
-    low = {f"low{i}.weight": LowRank((9, 100), torch.full((9, 2), float(i)), A, 2.0) for i in (1, 2)}
+    twins: dict[str, Edit] = {f"{i}.weight": elements((100, 100), index, torch.linspace(-1, i, 1000)) for i in (1, 2)}
+    low: dict[str, Edit] = {f"low{i}.weight": LowRank((9, 100), torch.full((9, 2), float(i)), A, 2.0) for i in (1, 2)}
     adapter = store.Adapter("gaps", twins | low, store.Base("0" * 64, "float32"), {"name": "shira"})
     return [*folders, store.write(adapter, place / "gaps")]
 
