@@ -30,7 +30,7 @@ SIGNATURES = {
     "activate": "model, names",
     "detach": "model, name",
     "rows": "model, names",
-    "save": "model, folder, name, note, overwrite",
+    "save": "model, folder, name, note, overwrite, coding, values",
     "load": "model, folder, name, any_base",
     "shard": "model, blocks, options",
     "replicate": "model, options",

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def config(place, tmp_path):
-    def make(method="shira", *, overwrite=False, out="out", data=None, **train_keys):
+    def make(method="shira", *, overwrite=False, out="out", data=None, save=None, **train_keys):
         method = {"name": method} if isinstance(method, str) else method
         method = {"name": "shira", "density": 0.1} | method if method["name"] == "shira" else method
         train_keys = {"steps": STEPS, "batch_size": 12, "save_every": 3, "eval_every": 50, "lr": 1e-2} | train_keys
@@ -55,6 +55,7 @@ def config(place, tmp_path):
                 "output": str(tmp_path / out),
                 "overwrite": overwrite,
                 "train": train_keys,
+                "save": save or {},
             }
         )
 
@@ -425,8 +426,17 @@ def test_a_full_disk_while_writing_a_checkpoint_keeps_the_one_before(config, mon
     assert outcome.digest == whole.digest
 
 
+def test_the_adapter_is_written_as_the_config_says(config):
+    exact = ia.read(train(config(steps=2)).output)
+    outcome = train(config(steps=2, out="small", save={"values": "bfloat16", "coding": "plain"}))
+    rounded = ia.read(outcome.output)
+    assert rounded.digest == outcome.digest == exact.rounded("bfloat16").digest
+    assert rounded.about["rounded"] == "bfloat16"
+    assert json.loads((Path(outcome.output) / "adapter.json").read_text())["codings"] == {}
+
+
 def test_a_full_disk_while_saving_the_adapter_keeps_the_one_before_and_the_training(config, monkeypatch):
-    from intarsia.store import adapter as store
+    from intarsia.store import writing as store
 
     first = train(config())
     with monkeypatch.context() as patch:

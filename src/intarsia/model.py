@@ -463,6 +463,8 @@ def save(
     *,
     note: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    coding: str = "compact",
+    values: str | None = None,
 ) -> Path:
     """Write an adapter's folder, whole or not at all; the base is not in it. -> the folder.
 
@@ -471,14 +473,18 @@ def save(
     Args:
         name: which adapter, where the model has several.
         note: remarks for its card, such as losses.
+        coding: ``compact``, or ``plain`` for programs that read the tensors as they are; both are exact.
+        values: ``bfloat16`` or ``float16`` to round what was learned once; None keeps every bit.
 
     Raises:
         IntarsiaError: when the folder exists, cannot be written, or the adapter holds numbers that are not finite.
     """
     adapter = export(model, name, called=Path(folder).name, note=note)
-    if processes.is_sharded(model):
-        return processes.first_does(lambda: store.write(adapter, folder, overwrite))
-    return store.write(adapter, folder, overwrite)
+
+    def write() -> Path:
+        return store.write(adapter, folder, overwrite, coding=coding, values=values)
+
+    return processes.first_does(write) if processes.is_sharded(model) else write()
 
 
 def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_base: bool = False) -> str:
@@ -526,7 +532,7 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
     weights = {weight: operator_of(layer_at(model, name)) for weight, name in names.items()}
     layouts = adapter.about.get("layouts", {})
     faults = []
-    for name, edit in adapter.edits.items():
+    for name, edit in adapter.outlines.items():
         operator = weights.get(name)
         if operator is None:
             faults.append(f"{name}: the model has no such weight that can be adapted; {nearest(name, weights)}")

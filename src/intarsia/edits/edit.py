@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -62,6 +62,14 @@ class Edit(ABC):
         """Bytes of the numbers it stores."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def supports(self) -> dict[str, int]:
+        """Which of its tensors are the sorted indices of a support, and of how many units each."""
+        return {}
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        """The same edit with what it adds rounded once to a narrower type; what must stay wide stays."""
+        return self
+
     def to(self, device: torch.device | str) -> Self:
         """The same edit on another device."""
         return self.made_of({k: t.to(device) for k, t in self.tensors().items()})
@@ -112,7 +120,11 @@ class Sparse(Edit):
         if tuple(values.shape) != expected:
             raise IntarsiaError(f"values are {tuple(values.shape)}; {len(index)} indices need {expected}")
         want_numbers("values", values)
-        if len(index) and not (int(index[0]) >= 0 and int(index[-1]) < units and bool((index.diff() > 0).all())):
+        if (
+            len(index)
+            and not index.is_meta
+            and not (int(index[0]) >= 0 and int(index[-1]) < units and bool((index.diff() > 0).all()))
+        ):
             low, high = int(index.min()), int(index.max())
             what = f"reach from {low} to {high}" if low < 0 or high >= units else "are not strictly ascending"
             raise IntarsiaError(f"indices {what}; expected ascending {unit.name} numbers in 0..{units - 1}")
@@ -123,6 +135,12 @@ class Sparse(Edit):
 
     def delta(self, W: Tensor) -> Tensor:
         return self.granularity.scatter(self.shape, self.index, self.values.to(W.dtype))
+
+    def supports(self) -> dict[str, int]:
+        return {"indices": self.granularity.units(self.shape)}
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        return replace(self, values=self.values.to(dtype))
 
     @property
     def touched(self) -> int:
@@ -171,6 +189,9 @@ class LowRank(Edit):
     def fold(self, W: Tensor) -> Tensor:
         return W + self.delta(W)
 
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
+
     def delta(self, W: Tensor) -> Tensor:
         return self.scale * (self.B.to(W.dtype) @ self.A.to(W.dtype))
 
@@ -205,6 +226,13 @@ class Rescaled(Edit):
         want_numbers("magnitude", magnitude)
         rest = {k: t for k, t in tensors.items() if k != "magnitude"}
         return cls(shape, build_edit(inner.get("type"), shape, rest, inner), magnitude)
+
+    def supports(self) -> dict[str, int]:
+        return self.inner.supports()
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        # Not the lengths: they multiply whole rows, which rounding would change by more than what was learned.
+        return replace(self, inner=self.inner.rounded(dtype))
 
     def fold(self, W: Tensor) -> Tensor:
         V = self.inner.fold(W)
@@ -251,7 +279,8 @@ def want_tensors(tensors: Mapping[str, Tensor], names: set[str]) -> None:
 def want_numbers(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise IntarsiaError(f"{name} is {tensor.dtype}; expected floating-point numbers")
-    if not bool(tensor.isfinite().all()):
+    # On the meta device there are no numbers: an edit is built so of what a file says, before its tensors are read.
+    if not tensor.is_meta and not bool(tensor.isfinite().all()):
         raise IntarsiaError(
             f"{name} has {int((~tensor.isfinite()).sum())} numbers that are not finite (NaN or infinity)"
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from intarsia.edits.edit import KINDS, Edit, build_edit
@@ -39,6 +40,12 @@ class Sum(Edit):
                 raise IntarsiaError(f"found the tensor {name}; expected 0_... to {len(parts) - 1}_...")
             named[int(number)][rest] = tensor
         return cls(shape, tuple(build_edit(p.get("type"), shape, t, p) for p, t in zip(parts, named, strict=True)))
+
+    def supports(self) -> dict[str, int]:
+        return {f"{i}_{name}": units for i, part in enumerate(self.parts) for name, units in part.supports().items()}
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        return replace(self, parts=tuple(part.rounded(dtype) for part in self.parts))
 
     def fold(self, W: Tensor) -> Tensor:
         return W + self.delta(W)

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from intarsia.store.adapter import Adapter
 
 
-def card(head: Mapping[str, Any], adapter: Adapter) -> str:
-    """Markdown with the front matter that model hubs read."""
+def card(head: Mapping[str, Any], adapter: Adapter, stored: int) -> str:
+    """Markdown with the front matter that model hubs read. ``stored``: bytes of the file of tensors."""
     base, method = head["base"], dict(head["method"])
     name = method.pop("name", "?")
     share = adapter.touched / adapter.size if adapter.size else 0.0
@@ -28,7 +28,7 @@ tags: [intarsia, adapter, {name}]
 # {head["name"]}
 
 A **{name}** adapter for `{base["source"] or "an unnamed base"}`. It edits {len(adapter.edits)} weights and changes up to
-{adapter.touched:,} of their {adapter.size:,} entries ({share:.2%}), in {adapter.bytes / 1e6:.2f} MB.
+{adapter.touched:,} of their {adapter.size:,} entries ({share:.2%}), in {stored / 1e6:.2f} MB.
 
 ```python
 import intarsia as ia

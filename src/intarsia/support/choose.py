@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,32 @@ from intarsia.support.budgets import top_of_rows
 from intarsia.support.granularity import Granularity, Shape
 from intarsia.support.permutation import sample, sample_rows
 from intarsia.support.scorers import score
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A random support as what draws it: ``count`` of so many units, or as many in each of ``rows`` output rows."""
+
+    key: int
+    rows: int | None = None
+
+    def index(self, units: int, count: int) -> Tensor:
+        """The support. -> (count,) sorted int64."""
+        if self.rows is None:
+            return sample(units, count, self.key)
+        each = units // self.rows
+        index = sample_rows(self.rows, each, count // self.rows, self.key)
+        return (index + torch.arange(self.rows)[:, None] * each).view(-1)
+
+    @classmethod
+    def of(cls, index: Tensor, shape: Shape, units: int, key: int) -> Self | None:
+        """What draws this sorted index of 0..units-1 of a weight with the key, if it was drawn so; otherwise None."""
+        index, rows, count = index.to(torch.int64), shape[0], len(index)
+        ways = [cls(key)]
+        if count and count % rows == 0 and units % rows == 0:
+            row = index.view(rows, -1) // (units // rows)
+            ways += [cls(key, rows)] if bool((row == torch.arange(rows)[:, None]).all()) else []
+        return next((drawn for drawn in ways if torch.equal(drawn.index(units, count), index)), None)
 
 
 def choose(
@@ -25,11 +54,8 @@ def choose(
         IntarsiaError: when the scorer fails or gives no finite numbers (a broken base or calibration).
     """
     rows, units = site.shape[0], granularity.units(site.shape)
-    if scorer == "random" and by_row:
-        each = sample_rows(rows, units // rows, count // rows, start.key)
-        index = (each + torch.arange(rows)[:, None] * (units // rows)).view(-1)
-    elif scorer == "random":
-        index = sample(units, count, start.key)
+    if scorer == "random":
+        index = Drawn(start.key, rows if by_row else None).index(units, count)
     elif scorer == "struct":
         index = struct(site.shape, count, offset)
     else:

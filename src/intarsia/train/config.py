@@ -111,6 +111,17 @@ class TrainConfig(Section):
         return self
 
 
+class SaveConfig(Section):
+    """How the adapter is written."""
+
+    coding: Literal["compact", "plain"] = Field(
+        default="compact", description="indices in few bytes, or as they are, for programs that read the tensors alone"
+    )
+    values: Literal["exact", "bfloat16", "float16"] = Field(
+        default="exact", description="keep every bit of what was learned, or round it once"
+    )
+
+
 class Config(Section):
     """One training run."""
 
@@ -129,6 +140,7 @@ class Config(Section):
         default=None, description="store the base's linear weights in fewer bits; the adapter then belongs to that base"
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
+    save: SaveConfig = Field(default_factory=SaveConfig)
 
     @model_validator(mode="before")
     @classmethod
@@ -287,7 +299,10 @@ def _fault(error: Any, whole: type[BaseModel]) -> str:
     key, kind, found = ".".join(where), error["type"], error["input"]
     if kind == "extra_forbidden":
         *path, last = where
-        elsewhere = [f"{s}.{last}" for s in ("train", "data") if not path and last in _keys(whole, [s])]
+        top = _keys(whole, [])
+        elsewhere = [
+            f"{s}.{last}" for s in ("train", "data", "save") if not path and s in top and last in _keys(whole, [s])
+        ]
         elsewhere += [last] if path and last in _keys(whole, []) else []
         full = [".".join([*path, name]) for name in _keys(whole, path)]
         hint = f"it is {elsewhere[0]}" if elsewhere else nearest(key, full)

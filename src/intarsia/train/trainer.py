@@ -223,6 +223,8 @@ class _Run:
             **({"held-out loss": eval_loss, "held-out loss of the base": base_loss} if eval_loss is not None else {}),
         }
         adapter = export(self.model, ADAPTER, called=output.name, note=note)
+        if ready.config.save.values != "exact":
+            adapter = adapter.rounded(ready.config.save.values)
         outcome = Outcome(
             output=str(output),
             digest=adapter.digest,
@@ -246,7 +248,7 @@ class _Run:
         ready, log = self.ready, self.log
         self.state.begin_saving(ready.settings)
         try:
-            store.write(adapter, output, overwrite=True)
+            store.write(adapter, output, overwrite=True, coding=ready.config.save.coding)
         except IntarsiaError as error:
             raise IntarsiaError(f"{error}{self.state.after_failure()}") from error
         (output / LOG).write_bytes(log.path.read_bytes())
