@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,8 +25,14 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of named tensors, whatever their order, as hex."""
-    return json_digest(sorted((name, tensor_digest(tensor)) for name, tensor in named))
+    """SHA-256 of named tensors, whatever their order, as hex. Hashing lets go of the interpreter, so threads share it."""
+    names, tensors = zip(*named, strict=True) if (named := list(named)) else ((), ())
+    if any(processes.is_shard(tensor) for tensor in tensors):  # processes must gather them in one order
+        digests = [tensor_digest(tensor) for tensor in tensors]
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            digests = list(threads.map(tensor_digest, tensors))
+    return json_digest(sorted(zip(names, digests, strict=True)))
 
 
 def json_digest(value: Any) -> str:
