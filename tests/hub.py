@@ -74,13 +74,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
             ]
             return self.answer(200, json.dumps({"files": files}).encode())
         if what == "info":  # where to put large files
-            here = f"http://{self.headers['Host']}/large/"
             rows = [
-                o | {"actions": {"upload": {"href": here + o["oid"], "header": {}}}}
+                o | {"actions": {"upload": {"href": self.url(f"large/{o['oid']}"), "header": {}}}}
                 for o in json.loads(sent)["objects"]
             ]
             return self.answer(200, json.dumps({"transfer": "basic", "objects": rows}).encode())
-        return self.commit(self.repositories[name][revision], [json.loads(line) for line in sent.splitlines()])
+        return self.commit(name, self.repositories[name][revision], [json.loads(line) for line in sent.splitlines()])
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -97,17 +96,24 @@ class Hub(http.server.BaseHTTPRequestHandler):
             (self.home / name / "main").mkdir(parents=True)
             (self.home / name / "private").write_text(str(wanted.get("private") or wanted.get("visibility")))
             self.repositories[name] = {"main": self.home / name / "main"}
-        return self.answer(409 if known else 200, json.dumps({"url": f"http://hub/{name}"}).encode())
+        return self.answer(409 if known else 200, json.dumps({"url": self.url(name)}).encode())
 
-    def commit(self, folder: Path, lines: list[dict[str, Any]]) -> None:
+    def commit(self, name: str, folder: Path, lines: list[dict[str, Any]]) -> None:
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
                 (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 (folder / value["path"]).write_bytes(self.large[value["oid"]])
-        said = {"commitUrl": "http://hub/commit", "commitOid": commit_of(folder), "hookOutput": ""}
+        said = {
+            "commitUrl": self.url(f"{name}/commit/{commit_of(folder)}"),
+            "commitOid": commit_of(folder),
+            "hookOutput": "",
+        }
         self.answer(200, json.dumps(said).encode())
+
+    def url(self, path: str) -> str:
+        return f"http://{self.headers['Host']}/{path}"
 
     def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
