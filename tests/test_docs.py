@@ -66,7 +66,7 @@ def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "lora_fa", module)
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", registry.methods())
     spec.loader.exec_module(module)
     run(laws, {"LoraFa": module.LoraFa}, page)
 

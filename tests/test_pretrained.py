@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+import hub as hubs
 import intarsia as ia
-from intarsia import pretrained
+from intarsia import folders, pretrained
 from intarsia.errors import IntarsiaError
 from toy import save_toy, toy_model, toy_tokenizer
 
@@ -238,7 +236,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, own: str | None, shar
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert pretrained.cache_folder() == Path(expected).expanduser()
+    assert folders.cache_folder() == Path(expected).expanduser()
 
 
 # GGUF files
@@ -437,66 +435,14 @@ def test_a_cache_that_cannot_be_written(tiny_gguf: Path, tmp_path: Path, monkeyp
 # the hub
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Stands in for the hub: the few requests that its client makes, over the files of one folder."""
-
-    folder: Path
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    asked: list[str]
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        self.asked.append(path)
-        if path.startswith("/api/models/organisation/gated"):
-            return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        if not path.startswith(("/api/models/organisation/toy", "/organisation/toy/resolve/")):
-            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        files = sorted(file for file in self.folder.rglob("*") if file.is_file())
-        if "/tree/" in path:
-            rows = [
-                {"type": "file", "path": self.name(f), "size": f.stat().st_size, "oid": self.etag(f)} for f in files
-            ]
-            return self.answer(200, json.dumps(rows).encode())
-        if path.startswith("/api/"):
-            rows = [{"rfilename": self.name(f)} for f in files]
-            about = {"id": "organisation/toy", "sha": self.commit, "siblings": rows}
-            return self.answer(200, json.dumps(about).encode())
-        file = self.folder / path.partition(self.commit + "/")[2]
-        return self.answer(200, file.read_bytes(), {"ETag": f'"{self.etag(file)}"', "X-Repo-Commit": self.commit})
-
-    do_HEAD = do_GET
-
-    def name(self, file: Path) -> str:
-        return file.relative_to(self.folder).as_posix()
-
-    def etag(self, file: Path) -> str:
-        return hashlib.sha1(file.read_bytes()).hexdigest()
-
-    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        """Nothing on the terminal."""
-
-
 @pytest.fixture
-def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
+def hub(folder: Path, tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """The address of a hub that holds organisation/toy, and the paths that it was asked for."""
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"not wanted")
     (folder / "pytorch_model.bin").write_bytes(b"not wanted")
-    handler = type("ToyHub", (Hub,), {"folder": folder, "asked": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", handler.asked  # type: ignore[attr-defined]
-        server.shutdown()
-        thread.join()
+    with hubs.serve(tmp_path / "hub", toy=folder) as (address, shared):
+        yield address, shared.asked
 
 
 def _ask(home: Path, endpoint: str, *names: str, offline: bool = False) -> list[str]:
@@ -509,24 +455,19 @@ def _ask(home: Path, endpoint: str, *names: str, offline: bool = False) -> list[
         "    except ValueError as error: print(type(error).__name__, str(error).replace(chr(10), ' '))\n"
         "    else: print(found.folder, found.model.lm_head.weight.sum().item(), lines)\n"
     )
-    settings = {
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    settings = os.environ | hubs.settings(endpoint, home, offline)
     done = subprocess.run(
-        [sys.executable, "-c", script, *names], env=os.environ | settings, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *names], env=settings, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
 
-def test_a_hub_model_is_fetched_and_then_needs_no_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_a_hub_model_is_fetched_and_then_needs_no_hub(hub: tuple[str, list[str]], folder: Path, tmp_path: Path) -> None:
     endpoint, asked = hub
     home = tmp_path / "home"
     found, unknown, gated = _ask(home, endpoint, "organisation/toy", "organisation/toys", "organisation/gated")
-    snapshot = home / "hub" / "models--organisation--toy" / "snapshots" / Hub.commit
+    snapshot = home / "hub" / "models--organisation--toy" / "snapshots" / hubs.commit_of(folder)
     total = toy_model().lm_head.weight.sum().item()
     assert found.startswith(
         f"{snapshot} {total} ['looking for organisation/toy on the hub', 'fetching organisation/toy: "

@@ -26,6 +26,7 @@ import torch
 
 from intarsia import bases
 from intarsia.errors import IntarsiaError, nearest
+from intarsia.folders import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,14 +127,6 @@ def locate(name: str | os.PathLike[str], *, progress: Say | None = None) -> Path
     raise IntarsiaError(
         f"model {text!r}: no file or folder here and no alias ({nearest(text, ALIASES)}); expected {EXPECTED}"
     )
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept; it need not exist yet."""
-    if own := os.environ.get("INTARSIA_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "intarsia"
 
 
 def _silent(line: str) -> None:

@@ -42,6 +42,16 @@ SURFACE = {
     "show": (["adapter"], ["--model", "--spectrum", "--plot", "--json"]),
     "methods": (["name"], ["--json"]),
     "check": (["subject"], ["--json"]),
+    "registry add": (["folder"], ["--name", "--tag", "--parent", "--registry", "--json"]),
+    "registry list": (["name"], ["--base", "--method", "--tag", "--registry", "--json"]),
+    "registry show": (["reference"], ["--registry", "--json"]),
+    "registry tag": (["reference", "tag"], ["--move", "--delete", "--registry", "--json"]),
+    "registry get": (["reference"], ["--registry", "--json"]),
+    "registry remove": (["reference"], ["--registry", "--json"]),
+    "registry gc": ([], ["--delete", "--older-than", "--registry", "--json"]),
+    "registry verify": ([], ["--registry", "--json"]),
+    "registry push": (["reference", "repository"], ["--revision", "--public", "--registry", "--json"]),
+    "registry pull": (["repository"], ["--revision", "--name", "--tag", "--registry", "--json"]),
     "bench train": (
         [],
         ["--size", "--model", "--dtype", "--device", "--batch", "--length", "--rounds", "--steps", "--threads", "--only",
@@ -58,8 +68,9 @@ SURFACE = {
 def test_the_surface_is_frozen():
     group: Any = typer.main.get_command(application.app)
     found = {}
-    commands = {n: c for n, c in group.commands.items() if n != "bench"}
-    commands |= {f"bench {n}": c for n, c in group.commands["bench"].commands.items()}
+    commands = {n: c for n, c in group.commands.items() if not hasattr(c, "commands")}
+    for name, inner in group.commands.items():
+        commands |= {f"{name} {n}": c for n, c in getattr(inner, "commands", {}).items()}
     for name, command in commands.items():
         arguments = [p.name for p in command.params if p.param_type_name == "argument"]
         options = [p.opts[-1] for p in command.params if p.param_type_name == "option" and p.opts[-1] != "--help"]
@@ -83,9 +94,10 @@ def test_version(intarsia):
     ("words", "said"),
     [
         (["trainn"], "no command 'trainn'; did you mean 'train'?"),
-        (["xyz"], "no command 'xyz'; known: bench, chat, check, demo, eval, methods, show, train"),
+        (["xyz"], "no command 'xyz'; known: bench, chat, check, demo, eval, methods, registry, show, train"),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),
+        (["registry", "lst"], "no command 'lst'; did you mean 'list'?"),
         (["bench", "trian"], "no command 'trian'; did you mean 'train'?"),
         (
             ["bench", "train", "--roundz", "2"],

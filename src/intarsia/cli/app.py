@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from intarsia._version import __version__
-from intarsia.cli import bench, terminal
+from intarsia.cli import bench, registry, terminal
 from intarsia.cli.chat import chat
 from intarsia.cli.check import check
 from intarsia.cli.demo import demo
@@ -133,18 +133,24 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 
 BENCHMARKS: dict[str, Callable[..., None]] = {"train": bench.train, "methods": bench.methods}
-benchmarks = typer.Typer(cls=Commands, help="Benchmarks, side by side in one run.")
 
 
-@benchmarks.callback(invoke_without_command=True)
-def benchmark(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+def _group(name: str, help: str, commands: dict[str, Callable[..., None]]) -> None:
+    """Commands below a command, which alone prints its help."""
+    group = typer.Typer(cls=Commands, help=help)
+
+    @group.callback(invoke_without_command=True)
+    def show_help(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+
+    for word, command in commands.items():
+        group.command(word)(command)
+    app.add_typer(group, name=name)
 
 
-for name, command in BENCHMARKS.items():
-    benchmarks.command(name)(command)
-app.add_typer(benchmarks, name="bench")
+_group("registry", "Adapters by name and version.", registry.COMMANDS)
+_group("bench", "Benchmarks, side by side in one run.", BENCHMARKS)
 
 
 def main() -> None:

@@ -25,7 +25,10 @@ def chat(
         str, typer.Argument(metavar="MODEL", help="A local folder, a .gguf file, a hub id, or smollm2-135m.")
     ],
     adapters: Annotated[
-        list[str] | None, typer.Argument(metavar="ADAPTER", help="Folders, or NAME=FOLDER.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER", help="Folders, NAME=FOLDER, or NAME@VERSION in the registry.", show_default=False
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 256,
     temperature: Annotated[

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Folders, or NAME=FOLDER.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders, NAME=FOLDER, or NAME@VERSION in the registry.")
+    ],
     data: Annotated[list[Path], typer.Option("--data", help="Rows to measure on; may be given several times.")],
     model: Annotated[
         str | None, typer.Option("--model", help="The base; by default the one that the adapters were made on.")

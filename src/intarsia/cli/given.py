@@ -1,4 +1,4 @@
-"""What is named on a command line: adapters, as a folder or NAME=FOLDER, and the model they belong to."""
+"""What is named on a command line: adapters, as a folder, a version in the registry or NAME=either, and their model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from intarsia.train.progress import Progress
 
 
+def adapter_folder(text: str) -> Path:
+    """The folder of an adapter: a path, or NAME@VERSION (a number, a tag or ``latest``) in the registry.
+
+    Raises:
+        IntarsiaError: for a version that the registry has not.
+    """
+    path = Path(text)
+    if path.exists() or "@" not in path.name:
+        return path
+    from intarsia.store import Registry
+
+    try:
+        return Registry().get(text)
+    except IntarsiaError as error:
+        raise IntarsiaError(f"{text}: there is no such folder, and in the registry: {error}") from error
+
+
 def read_adapters(given: Iterable[str]) -> dict[str, Adapter]:
     """Read every folder, under its own name or the one given with it. All mistakes at once.
 
@@ -29,12 +46,14 @@ def read_adapters(given: Iterable[str]) -> dict[str, Adapter]:
         name, sign, folder = text.partition("=")
         if not sign or Path(text).exists():
             name, folder = Path(text).resolve().name, text
+            if not Path(text).exists():
+                name = name.partition("@")[0]
         try:
             if name in found:
                 raise IntarsiaError(f"two adapters are named {name!r}; give one another name: other={folder}")
             if not name or any(c.isspace() or c in "=/" for c in name):
                 raise IntarsiaError(f"{text!r}: an adapter's name has no spaces, '=' or '/'; name it: other={folder}")
-            found[name] = dataclasses.replace(store.read(folder), name=name)
+            found[name] = dataclasses.replace(store.read(adapter_folder(folder)), name=name)
         except IntarsiaError as error:
             faults.append(str(error))
     if faults:

@@ -21,7 +21,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def show(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Its folder.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Its folder, or NAME@VERSION in the registry.")],
     model: Annotated[
         str | None,
         typer.Option("--model", help="The base, to measure the change beside the weights, and what rounding loses."),
@@ -37,7 +37,8 @@ def show(
     """What an adapter changes, by how much, and of which rank; its method, sizes, digest and base."""
     from intarsia import analyze, store
 
-    found = store.read(adapter)
+    folder = given.adapter_folder(adapter)
+    found = store.read(folder)
     with terminal.progress() as progress:
         weights = _weights(found, model, progress) if model is not None else None
         changes = analyze.weight_changes(found, weights, progress.work)
@@ -45,10 +46,10 @@ def show(
         spectra = analyze.spectra(found, chosen, weights, progress.work)
     if plot is not None:
         analyze.picture(changes, spectra, plot, f"{found.name}: {found.method.get('name', '?')}")
-    files = {path.name: path.stat().st_size for path in sorted(adapter.iterdir()) if path.is_file()}
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if json:
-        return terminal.print_json(_plain(found, adapter, files, changes, spectra))
-    _print(found, adapter, files, changes, spectra, model)
+        return terminal.print_json(_plain(found, folder, files, changes, spectra))
+    _print(found, folder, files, changes, spectra, model)
     if plot is not None:
         terminal.output().print(f"\npicture  {plot}", markup=False)
     return None
