@@ -515,7 +515,7 @@ def _full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["intarsia.store.adapter.save_file", "os.fsync", "pathlib.Path.write_text"])
+@pytest.mark.parametrize("where", ["intarsia.store.writing.save_file", "os.fsync", "pathlib.Path.write_text"])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_the_old_adapter_whole(where, exists, tmp_path):
     if exists:

@@ -526,7 +526,7 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
     weights = {weight: operator_of(layer_at(model, name)) for weight, name in names.items()}
     layouts = adapter.about.get("layouts", {})
     faults = []
-    for name, edit in adapter.edits.items():
+    for name, edit in adapter.outlines.items():
         operator = weights.get(name)
         if operator is None:
             faults.append(f"{name}: the model has no such weight that can be adapted; {nearest(name, weights)}")

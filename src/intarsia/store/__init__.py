@@ -1,9 +1,11 @@
 """The store: the adapter's file format, digests, reading and writing."""
 
-from intarsia.store.adapter import CARD, FORMAT, HEAD, TENSORS, Adapter, Base, dtype_name, read, write
+from intarsia.store.adapter import CARD, FORMAT, HEAD, TENSORS, Adapter, Base, LazyEdits, dtype_name
 from intarsia.store.digest import edit_digest, json_digest, tensor_digest, weights_digest
+from intarsia.store.reading import open, read
+from intarsia.store.writing import write
 
 __all__ = [
-    "CARD", "FORMAT", "HEAD", "TENSORS", "Adapter", "Base", "dtype_name", "edit_digest", "json_digest", "read",
-    "tensor_digest", "weights_digest", "write",
+    "CARD", "FORMAT", "HEAD", "TENSORS", "Adapter", "Base", "LazyEdits", "dtype_name", "edit_digest", "json_digest", "open",
+    "read", "tensor_digest", "weights_digest", "write",
 ]  # fmt: skip
