@@ -164,22 +164,23 @@ MUTATIONS = [
     Mutation(
         "rows of the wrong number", "chain.py", "if x.shape[0] != leading.row_count:", "if False:", "test_attach"
     ),
-    Mutation(
-        "kept after it is written over", "deck/deck.py",
-        "            self._kept[target] = placement.read(matrix)\n            placement.write(matrix)",
-        "            placement.write(matrix)\n            self._kept[target] = placement.read(matrix)", "test_deck",
-    ),
+    Mutation("a plan takes what is set in for the base", "deck/deck.py", "plans.put_part(copy, where, n)", "pass", "test_deck"),
     Mutation(
         "a failed switch leaves half of it", "deck/deck.py",
-        "                self._take_out()\n                self._set_in(before)\n                raise", "                raise", "test_deck",
+        "            plans.restore((new, old.plan), matrix)\n            plans.renew(old.plan, matrix, before)\n", "", "test_deck",
     ),
-    Mutation(
-        "two decks write at once", "deck/deck.py", "        attached.check_unoccupied(self.model, self)\n", "", "test_deck"
-    ),
-    Mutation(
-        "taken out only in part", "deck/deck.py",
-        "for name, bits in self._kept.items():", "for name, bits in list(self._kept.items())[:-1]:", "test_deck",
-    ),
+    Mutation("a torn switch is not mended", "deck/deck.py", "if self._inside.torn:", "if False:", "test_deck"),
+    Mutation("two decks write at once", "deck/deck.py", "        attached.check_unoccupied(self.model, self)\n", "", "test_deck"),
+    Mutation("taken out only in part", "deck/plan.py", "        if left:\n", "        if False:\n", "test_deck"),
+    Mutation("the copy of a weight does not go back", "deck/deck.py", "for name in prepared.copies:", "for name in ():", "test_deck"),
+    Mutation("what goes out wins where runs differ", "deck/plan.py", "    if short_wins:", "    if not short_wins:", "test_deck"),
+    Mutation("what goes out wins in a union", "deck/writer.py", "alone = ~torch.isin(old, new, assume_unique=True)", "alone = torch.ones_like(old, dtype=torch.bool)", "test_deck"),
+    Mutation("what goes out wins in machine code", "deck/native.py", "b_bits[j] if take_b else a_bits[i]", "b_bits[j] if b < a else a_bits[i]", "test_deck"),
+    Mutation("a line is written twice", "deck/native.py", "if i < i_end and a_index[i] == b_index[j]:", "if False:", "test_deck"),
+    Mutation("old plans after somebody else wrote", "deck/deck.py", "if not self._weights.changed():", "if True:", "test_deck"),
+    Mutation("a weight that was replaced", "deck/weights.py", "if owner._parameters.get(attribute) is not weight:", "if False:", "test_deck"),
+    Mutation("plans without end", "deck/shelf.py", "if self.bytes <= self.memory:", "if True:", "test_deck"),
+    Mutation("autograd is not told", "deck/writer.py", "            torch.autograd.graph.increment_version(here)", "            pass", "test_deck"),
     Mutation(
         "fusion rounded twice", "edits/placement.py",
         "(base + change.values).to(W.dtype)", "base.to(W.dtype) + change.values.to(W.dtype)", "test_deck",

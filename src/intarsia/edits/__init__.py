@@ -4,11 +4,11 @@ from intarsia.edits.algebra import add, overlap, positions, scale, to_dense
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import KINDS, Edit, LowRank, Rescaled, Sparse, build_edit, columns, elements, row_norms
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
-from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, summed
+from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
 from intarsia.edits.sum import Sum
 
 __all__ = [
     "KERNELS", "KINDS", "Dense", "Edit", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sparse", "Sum",
     "add", "build_edit", "check_finite", "columns", "elements", "gathered", "memory", "merge", "overlap", "place",
-    "positions", "put", "row_norms", "scale", "sparsify", "summed", "to_dense",
+    "positions", "put", "put_row", "row_norms", "scale", "sparsify", "summed", "to_dense",
 ]  # fmt: skip

@@ -77,6 +77,11 @@ def put(W: Tensor, run: int, index: Tensor, bits: Tensor) -> None:
     """Write (n, run) bits into some runs of W, in place."""
     row = memory(W)
     assert row is not None
+    put_row(row, run, index, bits)
+
+
+def put_row(row: Tensor, run: int, index: Tensor, bits: Tensor) -> None:
+    """Write (n, run) bits into some runs of a weight's memory, one row, in place."""
     if run == 1:
         row.index_copy_(0, index, bits.view(-1))  # scatter_ on a bf16 CPU tensor is 20-40 times slower
     else:
