@@ -132,7 +132,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name)(command)
 
-BENCHMARKS: dict[str, Callable[..., None]] = {"train": bench.train, "methods": bench.methods}
+BENCHMARKS: dict[str, Callable[..., None]] = {"train": bench.train, "methods": bench.methods, "switch": bench.switch}
 benchmarks = typer.Typer(cls=Commands, help="Benchmarks, side by side in one run.")
 
 

@@ -1,7 +1,12 @@
-"""A few threads that wait for work: handing it to them takes microseconds, where a new thread takes longer than a switch."""
+"""A few threads that wait for work: handing it to them takes microseconds, where a new thread takes longer than a switch.
+
+Work comes in more parts than there are threads, and who is free takes the next one: a thread that wakes late, on a busy
+machine, finds less to do and keeps nobody waiting.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -9,37 +14,76 @@ from collections.abc import Callable, Sequence
 import torch
 
 MOST = 8  # threads: memory is then the limit on any machine
+PARTS = 4  # for each thread
 
-_CREW: list[_Hand] = []
-_BUSY = threading.Lock()
+Part = Callable[[], None]
+
+
+class _Job:
+    """Parts, each of which is done by whoever takes it first."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self.next = itertools.count()  # its steps cannot be interrupted
+        self.errors: list[BaseException] = []
+        self.lock, self.empty = threading.Lock(), threading.Event()
+        self.inside, self.closed = 0, False
+
+    def work(self) -> None:
+        while not self.errors:
+            number = next(self.next)
+            if number >= len(self.parts):
+                return
+            self.parts[number]()
+
+    def help(self) -> None:
+        """What a waiting thread does."""
+        with self.lock:
+            if self.closed:
+                return
+            self.inside += 1
+        try:
+            self.work()
+        except BaseException as error:
+            self.errors.append(error)
+        with self.lock:
+            self.inside -= 1
+            if self.closed and not self.inside:
+                self.empty.set()
+
+    def close(self) -> None:
+        """Let nobody in any more, and come back when all are out; Ctrl-C is kept for later, others still write."""
+        while True:
+            try:
+                with self.lock:
+                    self.closed = True
+                    if not self.inside:
+                        return
+                self.empty.wait()
+                return
+            except BaseException as error:
+                self.errors.append(error)
 
 
 class _Hand:
-    """One thread and what it is to do."""
+    """One thread, and the job that it was last called to."""
 
     def __init__(self) -> None:
-        self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)
-        self.work: Callable[[], None] | None = None
-        self.error: BaseException | None = None
+        self.go, self.job = threading.Semaphore(0), _Job(())
         threading.Thread(target=self._wait, name="intarsia-deck", daemon=True).start()
 
     def _wait(self) -> None:
         while True:
             self.go.acquire()
-            if self.work is None:  # woken twice, by what an exception cut short
-                continue
-            try:
-                self.work()
-            except BaseException as error:
-                self.error = error
-            self.work = None
-            self.done.release()
+            self.job.help()
+            self.job = _Job(())  # what was written is not kept alive
+
+
+_CREW: list[_Hand] = []
 
 
 def _forked() -> None:
-    global _BUSY
     _CREW.clear()  # a child of fork() has none of the threads
-    _BUSY = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -47,49 +91,29 @@ if hasattr(os, "register_at_fork"):
 
 
 def size() -> int:
-    """How many parts work should come in: torch's number of threads, up to 8."""
+    """How many threads write: torch's number, up to 8."""
     return max(1, min(torch.get_num_threads(), MOST))
 
 
-def together(parts: Sequence[Callable[[], None]]) -> None:
-    """Do all parts at the same time, the first of them here. Comes back when all have ended, also after an exception
+def together(parts: Sequence[Part], threads: int) -> None:
+    """Do all parts, here and on up to ``threads`` - 1 others. Comes back when nothing of it runs any more.
 
-    (Ctrl-C too): then the first one is raised. While others are at it, all parts are done here, one after the other."""
-    if len(parts) < 2 or not _BUSY.acquire(blocking=False):
+    After an exception (Ctrl-C too) no further part is begun, and it is raised when the others have ended.
+    """
+    if threads < 2 or len(parts) < 2:
         for part in parts:
             part()
         return
-    started: list[_Hand] = []
-    errors: list[BaseException] = []
+    job = _Job(parts)
     try:
-        try:
-            while len(_CREW) < len(parts) - 1:
-                _CREW.append(_Hand())
-            for hand, part in zip(_CREW, parts[1:], strict=False):
-                hand.work, hand.error = part, None
-                started.append(hand)
-                hand.go.release()
-            parts[0]()
-        except BaseException as error:
-            errors.append(error)
-            if started:
-                started[-1].go.release()  # it may not have been woken yet; once more does no harm
-        for hand in started:
-            _wait_for(hand, errors)
-    finally:
-        _BUSY.release()
-    if errors:
-        raise errors[0]
-
-
-def _wait_for(hand: _Hand, errors: list[BaseException]) -> None:
-    while True:
-        try:
-            hand.done.acquire()
-        except BaseException as error:  # Ctrl-C, while the other thread still writes
-            errors.append(error)
-            continue
-        break
-    if hand.error is not None:
-        errors.append(hand.error)
-        hand.error = None
+        while len(_CREW) < threads - 1:
+            _CREW.append(_Hand())
+        for hand in _CREW[: threads - 1]:
+            hand.job = job
+            hand.go.release()
+        job.work()
+    except BaseException as error:
+        job.errors.append(error)
+    job.close()
+    if job.errors:
+        raise job.errors[0]

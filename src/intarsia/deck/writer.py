@@ -82,10 +82,13 @@ class Torch(Writer):
 
     def write(self, prepared: Prepared, weights: Weights) -> None:
         steps = prepared.work
+        if not steps:  # whole weights alone
+            return
         # A call for each weight takes as long as a few lines do, and only one thread at a time may make it.
         several = prepared.load >= SMALL and weights[steps[0][0]].device.type == "cpu"
         count = crew.size() if several and _mean_run(steps) < FEW else 1
-        crew.together([partial(_put_all, part, weights) for part in _shared_out(steps, count)])
+        parts = _shared_out(steps, crew.PARTS * count if count > 1 else 1)
+        crew.together([partial(_put_all, part, weights) for part in parts], count)
 
 
 FEW = 16  # entries in a run: from there on torch's threads gain nothing
@@ -139,50 +142,36 @@ class Native(Writer):
         import numpy as np
 
         load, work, made = _load(passage), [], 0
-        count = crew.size() if load >= SMALL else 1
+        parts = crew.PARTS * crew.size() if load >= SMALL and crew.size() > 1 else 1
         for batch in passage.batches:
             names = tuple(dict.fromkeys(name for name, _, _ in batch.pieces))
             number = {name: n for n, name in enumerate(names)}
             rows: list[tuple[int, int, int, int, int]] = []
             ends = (batch.a[0].numpy(), batch.b[0].numpy())
-            each = max(1, sum(_length(a) + _length(b) for _, a, b in batch.pieces) // (4 * count))
+            each = max(1, sum(_length(a) + _length(b) for _, a, b in batch.pieces) // parts)
             for name, a, b in batch.pieces:
-                rows += [(number[name], *row) for row in _split(*ends, a, b, each if count > 1 else 0)]
+                rows += [(number[name], *row) for row in _split(*ends, a, b, each if parts > 1 else 0)]
             pieces = np.array(rows, dtype=np.int64).reshape(-1, 5)
             loads = np.cumsum((pieces[:, 2] - pieces[:, 1]) + (pieces[:, 4] - pieces[:, 3]))
-            cuts = [0, *(int(np.searchsorted(loads, loads[-1] * n / count)) for n in range(1, count)), len(pieces)]
-            work.append((names, pieces, batch, tuple(pairwise(cuts))))
+            cuts = [0, *(int(np.searchsorted(loads, loads[-1] * n / parts)) for n in range(1, parts)), len(pieces)]
+            lists = _lists(batch, math.gcd(8, batch.run * batch.b[1].element_size()))
+            work.append((names, pieces, batch, lists, tuple(cut for cut in pairwise(cuts) if cut[0] < cut[1])))
             made += pieces.nbytes
         return Prepared(passage.copies, tuple(work), made, load)
 
     def write(self, prepared: Prepared, weights: Weights) -> None:
         import numpy as np
 
-        calls: list[list[Callable[[], None]]] = [[] for _ in range(crew.MOST)]
-        for names, pieces, batch, cuts in prepared.work:
+        calls: list[Callable[[], None]] = []
+        for names, pieces, batch, lists, cuts in prepared.work:
             here = [weights[name] for name in names]
             addresses = np.array([W.data_ptr() for W in here], dtype=np.int64)
-            # As wide as the runs and the addresses allow: a mapped file may begin anywhere.
-            word = math.gcd(8, batch.run * here[0].element_size(), int(np.bitwise_or.reduce(addresses)) or 8)
-            a, b = (_words(bits, word) for _, bits in (batch.a, batch.b))
-            words = batch.run * here[0].element_size() // word
-            for n, (first, last) in enumerate(cuts):
-                if first < last:
-                    call = partial(
-                        native_merge,
-                        addresses,
-                        pieces,
-                        batch.a[0].numpy(),
-                        a,
-                        batch.b[0].numpy(),
-                        b,
-                        words,
-                        first,
-                        last,
-                    )
-                    calls[n].append(call)
+            together = int(np.bitwise_or.reduce(addresses))
+            if together % lists[1].itemsize:  # a mapped file may begin anywhere
+                lists = _lists(batch, math.gcd(lists[1].itemsize, together))
+            calls += [partial(native_merge, addresses, pieces, *lists, first, last) for first, last in cuts]
             torch.autograd.graph.increment_version(here)  # or autograd would not notice
-        crew.together([partial(_do, part) for part in calls if part])
+        crew.together(calls, crew.size() if prepared.load >= SMALL else 1)
 
 
 def native_merge(*given: Any) -> None:
@@ -190,11 +179,6 @@ def native_merge(*given: Any) -> None:
     from intarsia.deck import native
 
     native.merge(*given)
-
-
-def _do(calls: Sequence[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
 
 
 def _length(part: slice) -> int:
@@ -217,6 +201,12 @@ def _split(a_index: Any, b_index: Any, a: slice, b: slice, most: int) -> list[tu
 
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _lists(batch: Batch, word: int) -> tuple[Any, Any, Any, Any, int]:
+    """(index and bits of a, index and bits of b, words in a run), as numpy sees them."""
+    words = batch.run * batch.b[1].element_size() // word
+    return batch.a[0].numpy(), _words(batch.a[1], word), batch.b[0].numpy(), _words(batch.b[1], word), words
 
 
 def _words(bits: Tensor, word: int) -> Any:
