@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from intarsia.bench.machine import machine
 from intarsia.bench.train import DTYPES
 from intarsia.deck import Deck, crew
 from intarsia.deck.plan import Plan
+from intarsia.deck.writer import SMALL
 from intarsia.edits import Sparse
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.site import adaptable_layers, weight_name
@@ -468,15 +470,17 @@ def _limit(lines: Mapping[str, Tensor]) -> Callable[[], None]:
     except ImportError:
         row = torch.ones(8 * sum(map(len, lines.values())), dtype=torch.int64)
         return partial(_flip, row)
-    # In weights of their own: the lines of the model are not to be flipped.
-    parts = crew.PARTS * crew.size() if crew.size() > 1 else 1
-    calls: list[list[Callable[[], None]]] = [[] for _ in range(parts)]
+    # In memory of its own, all weights behind one another: the lines of the model are not to be flipped, and a call for each
+    # weight would be no part of a limit.
+    parts, start = [], 0
     for numbers in lines.values():
-        room = torch.ones(8 * (int(numbers[-1]) + 1), dtype=torch.int64)
-        cuts = [len(numbers) * n // parts for n in range(parts + 1)]
-        for n, call in enumerate(calls):
-            call.append(partial(_touch, native.touch, room, numbers.numpy(), cuts[n], cuts[n + 1]))
-    return partial(crew.together, [partial(_do, call) for call in calls], crew.size())
+        parts.append(numbers + start)
+        start += int(numbers[-1]) + 1
+    places, room = torch.cat(parts).numpy(), torch.ones(8 * start, dtype=torch.int64)
+    count = crew.PARTS * crew.size() if crew.size() > 1 else 1
+    cuts = [len(places) * n // count for n in range(count + 1)]
+    calls = [partial(_touch, native.touch, room, places, first, last) for first, last in pairwise(cuts)]
+    return partial(crew.together, calls, crew.size() if len(places) >= SMALL else 1)
 
 
 def _flip(row: Tensor) -> None:
@@ -485,11 +489,6 @@ def _flip(row: Tensor) -> None:
 
 def _touch(touch: Any, room: Tensor, numbers: Any, first: int, last: int) -> None:
     touch(room.data_ptr(), numbers, first, last)
-
-
-def _do(calls: Sequence[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
 
 
 def _file_bytes(folder: Path) -> int:

@@ -23,7 +23,7 @@ from intarsia.deck.weights import Weights
 from intarsia.edits import memory, put_row
 from intarsia.errors import IntarsiaError, nearest
 
-SMALL = 1 << 17  # bytes; handing less to other threads takes longer than to write it
+SMALL = 1 << 15  # lines of the cache; handing fewer to other threads takes longer than to write them
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Prepared:
     copies: tuple[str, ...]
     work: Any
     bytes: int
-    load: int  # bytes that are written
+    load: int  # lines of the cache that are written, about
 
 
 class Writer(ABC):
@@ -56,7 +56,7 @@ class Writer(ABC):
 
 def _load(passage: Passage) -> int:
     return sum(
-        (p.stop - p.start) * bits.shape[1] * bits.element_size()
+        _length(p) * -(-bits.shape[1] * bits.element_size() // 64)
         for batch in passage.batches
         for _, a, b in batch.pieces
         for p, bits in ((a, batch.a[1]), (b, batch.b[1]))
