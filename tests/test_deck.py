@@ -752,7 +752,7 @@ def test_adding_a_folder_reads_its_head_alone(tmp_path):
     assert deck["a2"].edits.made == ()  # type: ignore[attr-defined]
     assert deck.status().planned == ("a1",)
     assert deck.active == {}
-    with mock.patch.object(deck_module.plans, "made", side_effect=AssertionError("planned again")):
+    with mock.patch.object(plan_module, "made", side_effect=AssertionError("planned again")):
         deck.use("a1")
     deck.off()
     assert deck.verify() == deck.base_digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from intarsia.bench import switch
 from intarsia.bench.switch import LORA, ONE, Setup, Switches, Timing
 from intarsia.deck import Deck
 
-QUICK = {
+QUICK: dict[str, Any] = {
     "shapes": ("64x96",),
     "densities": (0.05,),
     "granularities": ("element", "line"),

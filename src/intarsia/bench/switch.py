@@ -171,18 +171,11 @@ class Switches:
             ordered = sorted(rows, key=lambda row: row.median, reverse=True)
             names = [_labelled(row) for row in ordered]
             times = [1e3 * row.median for row in ordered]
-            bars = axes.barh(
-                names,
-                times,
-                color=[
-                    RUST if row.subject in (LORA, PEFT_WAY, PEFT) else GREY if row.subject in AGAINST else TEAL
-                    for row in ordered
-                ],
-            )
+            bars = axes.barh(names, times, color=[_colour(row) for row in ordered])
             axes.bar_label(bars, [f"{time:,.2f}" for time in times], padding=3, fontsize=7)
             axes.set_xscale("log")
             axes.set_xlim(min(times) / 2, max(times) * 4)
-            what = "setting in" if place == ONE else "from A to B"
+            what = "setting in" if place == ONE else "going from A to B"
             axes.set_title(f"{where}, {dtype}: milliseconds for {what}", loc="left", fontsize=9)
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
@@ -194,6 +187,16 @@ class Switches:
 
 
 TEAL, GREY, RUST = "#0a6c74", "#8a8a8a", "#b5532a"
+
+
+def _colour(row: Timing) -> str:
+    return (
+        RUST
+        if row.subject in (LORA, PEFT_WAY, PEFT)
+        else TEAL
+        if row.density is not None and ":" not in row.subject
+        else GREY
+    )
 
 
 def _labelled(row: Timing) -> str:
