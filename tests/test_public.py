@@ -68,7 +68,9 @@ def test_every_public_name_is_explained(name):
 
 def test_the_names_of_a_deck():
     names = {name for name in dir(ia.Deck) if not name.startswith("_")}
-    assert names == {"active", "add", "fuse", "names", "off", "remove", "use", "verify"}
+    assert names == {
+        "active", "add", "fuse", "names", "off", "prefetch", "remove", "status", "strength", "use", "verify",
+    }  # fmt: skip
     deck = ia.Deck(small_net())
     assert deck.last_switch_seconds == 0.0
     assert deck.base_digest == ia.digest(small_net())

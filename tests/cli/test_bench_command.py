@@ -135,3 +135,37 @@ def test_a_stopped_comparison_says_how_to_go_on(intarsia, grid, monkeypatch):
     ended = intarsia("bench", "methods", grid)
     assert ended.code == 130
     assert "stopped after 0 of 4 runs; the same command goes on from there" in ended.err
+
+
+def test_a_small_benchmark_of_switches(intarsia, tmp_path):
+    file, picture = tmp_path / "switch.json", tmp_path / "switch.png"
+    tiny = (
+        "--shape",
+        "64x96",
+        "--density",
+        "0.05",
+        "--granularity",
+        "line",
+        "--model",
+        "none",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+    )
+    ended = intarsia("bench", "switch", *tiny, "--json", file, "--plot", picture)
+    assert ended.code == 0, ended.err
+    assert all(name in ended.out for name in ("lines", "lora-fuse", "limit takes"))
+    assert {row["subject"] for row in json.loads(file.read_text())["rows"]} >= {"lines", "limit: lines", "dense-copy"}
+    assert picture.stat().st_size > 10_000
+
+
+def test_what_switches_are_compared_with_is_listed(intarsia):
+    said = intarsia("bench", "switch", "--list").out
+    assert all(name in said for name in ("lora-fuse", "peft", "limit"))
+
+
+def test_a_shape_that_is_none_is_one_line(intarsia):
+    ended = intarsia("bench", "switch", "--shape", "4096", "--model", "none")
+    assert ended.code == 2
+    assert "expected ROWSxCOLUMNS" in ended.err

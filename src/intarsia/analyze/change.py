@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intarsia.analyze.spectrum import change_of, effective_rank, energy_share, needs_weight, spectrum, stable_rank
-from intarsia.edits import Edit, LowRank, Sparse, place
+from intarsia.edits import Edit, LowRank, Sparse, place, summed
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter
 
@@ -76,7 +76,8 @@ def invisible_share(edit: Edit, weight: Tensor) -> float:
 
 def _exact(edit: Edit, weight: Tensor, wide: torch.dtype) -> Tensor:
     """The change, unrounded, in the places that a placement of this edit writes."""
-    return edit.values.to(wide) if isinstance(edit, Sparse) else edit.delta(weight.to(wide))
+    runs = summed(weight, [(1.0, edit)], wide)
+    return edit.delta(weight.to(wide)) if runs is None else runs.values
 
 
 # ------------------------------------------------------------------ a whole adapter

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from intarsia.bench.contenders import RANK, Base, Contender, Subject, Unavailable
@@ -84,3 +85,35 @@ def _targets(base: Base) -> list[str]:
     parts = sorted({name.rpartition(".")[2] for name in base.sites})
     meant = {n for n, _ in base.model.named_modules() if n.rpartition(".")[2] in parts}
     return parts if meant == set(base.sites) else list(base.sites)
+
+
+# ------------------------------------------------------------------ switching
+def peft_switch(model: Any, weights: Iterable[str], rank: int) -> Callable[[int], None]:
+    """HF PEFT's switch in merged mode between two LoRAs, on a copy of the model: ``switch(0)``, ``switch(1)``.
+
+    Raises:
+        Unavailable: without PEFT.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise Unavailable("peft is not installed: pip install 'intarsia[peft]'") from None
+    targets = [name.removesuffix(".weight") for name in weights]
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
+    names = ("one", "two")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=names[0])
+        wrapped.add_adapter(names[1], config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.mul_(1e-3)  # its own start would change the weights more with every round
+    wrapped.set_adapter(names[0])
+    wrapped.merge_adapter()
+
+    def switch(to: int) -> None:
+        wrapped.unmerge_adapter()
+        wrapped.set_adapter(names[to])
+        wrapped.merge_adapter()
+
+    return switch

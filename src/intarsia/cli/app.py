@@ -132,7 +132,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name)(command)
 
-BENCHMARKS: dict[str, Callable[..., None]] = {"train": bench.train, "methods": bench.methods}
+BENCHMARKS: dict[str, Callable[..., None]] = {"train": bench.train, "methods": bench.methods, "switch": bench.switch}
 
 
 def _group(name: str, help: str, commands: dict[str, Callable[..., None]]) -> None:

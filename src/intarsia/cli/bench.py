@@ -1,4 +1,4 @@
-"""``intarsia bench train`` and ``intarsia bench methods``: what a step costs, and how good each method gets."""
+"""``intarsia bench``: what a training step costs, how good each method gets, and what a switch costs."""
 
 from __future__ import annotations
 
@@ -190,4 +190,68 @@ def _compare(grid: Grid, restart: bool, json: Path | None, plot: Path | None) ->
         terminal.messages().print(
             f"stopped after {len(quality.runs)} of {quality.wanted} runs; the same command goes on from there"
         )
+        raise typer.Exit(terminal.INTERRUPTED)
+
+
+def switch(
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", help="Of a single weight: 4096x4096. May be given several times.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option("--density", help="Share of the entries, 0.01. Several times too.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or both.")] = "both",
+    granularity: Annotated[
+        list[str] | None,
+        typer.Option("--granularity", help="element, line, tile, row, column or diagonal. Several times too."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="For switches of a whole model, by name; none leaves them out.")
+    ] = "smollm2-135m",
+    rank: Annotated[
+        int, typer.Option("--rank", min=1, help="Of the LoRA on a single weight; on a model it is 16.")
+    ] = 32,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed switches of each way.")] = 25,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of the CPU.")] = 2,
+    writer: Annotated[str, typer.Option("--writer", help="Of the deck: native, torch, or auto.")] = "auto",
+    list_them: Annotated[bool, typer.Option("--list", help="Name what is compared with, and stop.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw them to this PNG.")] = None,
+) -> None:
+    """What a switch of adapters costs: the deck, LoRA in place, HF PEFT, a dense copy, and the limit of memory."""
+    from intarsia.bench import switch as bench
+    from intarsia.bench.machine import write_json
+
+    out = terminal.output()
+    if list_them:
+        for name, title in bench.AGAINST.items():
+            out.print(f"[bold cyan]{name:24}[/]{title}")
+        return
+    _writable(json, plot)
+    usual = bench.Setup()
+    setup = bench.Setup(
+        shapes=tuple(shape or usual.shapes),
+        densities=tuple(density or usual.densities),
+        dtype=dtype,
+        granularities=tuple(granularity or usual.granularities),
+        model=model,
+        rank=rank,
+        rounds=rounds,
+        threads=threads,
+        writer=writer,
+        seed=seed,
+    )
+    found = bench.run(setup, terminal.progress())
+    for table in found.tables():
+        out.print(table)
+        out.print()
+    for one in found.skipped:
+        terminal.messages().print(f"{one['subject']}, {one['dtype']}, is left out: {one['why']}", markup=False)
+    if json:
+        write_json(json, found.to_dict())
+    if plot and found.groups():
+        found.picture(plot)
+    if found.interrupted:
+        terminal.messages().print("interrupted; this is what had been measured")
         raise typer.Exit(terminal.INTERRUPTED)

@@ -47,6 +47,10 @@ class Edit(ABC):
         """fold(W) - W. (O, I) -> (O, I)."""
         return self.fold(W) - W
 
+    def sparse_parts(self) -> list[Sparse] | None:
+        """Sparse edits that together make the same change, where it is sparse; None where it reaches every entry."""
+        return None
+
     @property
     def needs_weight(self) -> bool:
         """Whether what the edit adds depends on the weight that it is set into."""
@@ -142,6 +146,9 @@ class Sparse(Edit):
     def rounded(self, dtype: torch.dtype) -> Edit:
         return replace(self, values=self.values.to(dtype))
 
+    def sparse_parts(self) -> list[Sparse]:
+        return [self]
+
     @property
     def touched(self) -> int:
         return self.values.numel()
@@ -181,10 +188,7 @@ class LowRank(Edit):
             raise IntarsiaError(f"B {tuple(B.shape)} and A {tuple(A.shape)} do not multiply to {tuple(shape)}")
         want_numbers("A", A)
         want_numbers("B", B)
-        scale = facts.get("scale")
-        if not isinstance(scale, int | float) or not abs(scale) < float("inf"):
-            raise IntarsiaError(f"scale is {scale!r}; expected a finite number")
-        return cls(shape, B, A, float(scale))
+        return cls(shape, B, A, want_scale(facts))
 
     def fold(self, W: Tensor) -> Tensor:
         return W + self.delta(W)
@@ -284,3 +288,10 @@ def want_numbers(name: str, tensor: Tensor) -> None:
         raise IntarsiaError(
             f"{name} has {int((~tensor.isfinite()).sum())} numbers that are not finite (NaN or infinity)"
         )
+
+
+def want_scale(facts: Mapping[str, Any]) -> float:
+    scale = facts.get("scale")
+    if not isinstance(scale, int | float) or not abs(scale) < float("inf"):
+        raise IntarsiaError(f"scale is {scale!r}; expected a finite number")
+    return float(scale)

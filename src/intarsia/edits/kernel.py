@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from intarsia.edits.edit import KINDS, Edit, Sparse, elements, want_numbers, want_tensors
+from intarsia.edits.edit import KINDS, Edit, Sparse, elements, want_numbers, want_scale, want_tensors
 from intarsia.errors import IntarsiaError
 from intarsia.support import Shape
 
@@ -98,16 +98,14 @@ class Kernel(Edit):
             want_numbers(name, tensor)
             if tensor.dtype != A.dtype or tensor.dtype.itemsize < 4:
                 raise IntarsiaError(f"{name} is {tensor.dtype}; expected float32 or float64, the same for all")
-        zeros, rule, kernel, scale = (facts.get(key) for key in ("zeros", "rule", "kernel", "scale"))
+        zeros, rule, kernel = (facts.get(key) for key in ("zeros", "rule", "kernel"))
         if not isinstance(zeros, int) or isinstance(zeros, bool) or not 0 <= zeros <= shape[0] * shape[1]:
             raise IntarsiaError(f"zeros is {zeros!r}; expected a whole number up to {shape[0] * shape[1]}")
         if not isinstance(rule, str) or rule not in RULES or not isinstance(kernel, str) or kernel not in KERNELS:
             raise IntarsiaError(
                 f"rule {rule!r} and kernel {kernel!r}; expected one of {', '.join(RULES)} and of {', '.join(KERNELS)}"
             )
-        if not isinstance(scale, int | float) or not abs(scale) < float("inf"):
-            raise IntarsiaError(f"scale is {scale!r}; expected a finite number")
-        return cls(shape, A, B, mix, zeros, rule, kernel, float(scale))
+        return cls(shape, A, B, mix, zeros, rule, kernel, want_scale(facts))
 
     def fold(self, W: Tensor) -> Tensor:
         return W + self.delta(W)
@@ -121,6 +119,10 @@ class Kernel(Edit):
         change = self.delta(self.A.new_empty(())).reshape(-1)
         index = change.nonzero().squeeze(1)
         return elements(self.shape, index, change[index])
+
+    def sparse_parts(self) -> list[Sparse] | None:
+        # Where few entries are at 0, a copy of the whole weight is less than the others' positions.
+        return [self.sparse()] if 2 * self.zeros >= self.shape[0] * self.shape[1] and self.rule != "none" else None
 
     @property
     def touched(self) -> int:

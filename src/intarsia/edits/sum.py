@@ -1,4 +1,4 @@
-"""The sum of edits: what several do to one weight, each beside the others.    W' = W + sum_i (fold_i(W) - W)"""
+"""The sum of edits: what several do to one weight, each beside the others.    W' = W + sum_i c_i (fold_i(W) - W)"""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from intarsia.edits.edit import KINDS, Edit, build_edit
+from intarsia.edits.edit import KINDS, Edit, Sparse, build_edit
 from intarsia.errors import IntarsiaError
 from intarsia.support import Shape
 
 
 @dataclass(frozen=True, eq=False)
 class Sum(Edit):
-    """W' = W + sum_i delta_i(W). In a file the tensors of part i are called ``<i>_<name>``."""
+    """W' = W + sum_i c_i delta_i(W). In a file the tensors of part i are called ``<i>_<name>``."""
 
     parts: tuple[Edit, ...]
+    factors: tuple[float, ...] = ()  # c, all 1 where none are given
 
     kind = "sum"
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            object.__setattr__(self, "factors", (1.0,) * len(self.parts))
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}_{name}": tensor for i, part in enumerate(self.parts) for name, tensor in part.tensors().items()}
 
     def facts(self) -> dict[str, Any]:
-        return {"parts": [{"type": part.kind} | part.facts() for part in self.parts]}
+        parts: dict[str, Any] = {"parts": [{"type": part.kind} | part.facts() for part in self.parts]}
+        # Factors of 1 go without saying: so it was in the first files.
+        return parts | ({"factors": list(self.factors)} if any(c != 1 for c in self.factors) else {})
 
     @classmethod
     def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
@@ -39,7 +46,8 @@ class Sum(Edit):
             if not number.isdecimal() or int(number) >= len(parts) or f"{int(number)}_{rest}" != name:
                 raise IntarsiaError(f"found the tensor {name}; expected 0_... to {len(parts) - 1}_...")
             named[int(number)][rest] = tensor
-        return cls(shape, tuple(build_edit(p.get("type"), shape, t, p) for p, t in zip(parts, named, strict=True)))
+        made = tuple(build_edit(p.get("type"), shape, t, p) for p, t in zip(parts, named, strict=True))
+        return cls(shape, made, _factors(facts.get("factors"), len(parts)))
 
     def supports(self) -> dict[str, int]:
         return {f"{i}_{name}": units for i, part in enumerate(self.parts) for name, units in part.supports().items()}
@@ -51,10 +59,19 @@ class Sum(Edit):
         return W + self.delta(W)
 
     def delta(self, W: Tensor) -> Tensor:
-        total = self.parts[0].delta(W)
-        for part in self.parts[1:]:
-            total = total + part.delta(W)
+        total = self.factors[0] * self.parts[0].delta(W)
+        for part, factor in zip(self.parts[1:], self.factors[1:], strict=True):
+            total = total + factor * part.delta(W)
         return total
+
+    def sparse_parts(self) -> list[Sparse] | None:
+        found: list[Sparse] = []
+        for part, factor in zip(self.parts, self.factors, strict=True):
+            sparse = part.sparse_parts()
+            if sparse is None:
+                return None
+            found += [one if factor == 1 else replace(one, values=factor * one.values) for one in sparse]
+        return found
 
     @property
     def needs_weight(self) -> bool:
@@ -63,6 +80,17 @@ class Sum(Edit):
     @property
     def touched(self) -> int:
         return min(sum(part.touched for part in self.parts), self.shape[0] * self.shape[1])
+
+
+def _factors(found: Any, count: int) -> tuple[float, ...]:
+    if found is None:
+        return ()
+    if not isinstance(found, list) or len(found) != count:
+        raise IntarsiaError(f"a sum of {count} edits needs as many factors; found {found!r}")
+    for factor in found:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not abs(factor) < float("inf"):
+            raise IntarsiaError(f"a factor of a sum is {factor!r}; expected a finite number")
+    return tuple(map(float, found))
 
 
 KINDS[Sum.kind] = Sum

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from intarsia import processes
+from intarsia.edits import Edit
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -22,6 +23,12 @@ def tensor_digest(tensor: Tensor) -> str:
     if whole.numel():
         state.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
+
+
+def edit_digest(edit: Edit) -> str:
+    """SHA-256 of one edit: its kind, shape, constants and numbers, as hex."""
+    facts = {"type": edit.kind, "shape": list(edit.shape)} | edit.facts()
+    return json_digest([facts, {name: tensor_digest(tensor) for name, tensor in edit.tensors().items()}])
 
 
 def weights_digest(named: Iterable[tuple[str, Tensor]]) -> str:

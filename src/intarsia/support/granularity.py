@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -51,6 +52,12 @@ class Granularity(ABC):
     @abstractmethod
     def flat(self, shape: Shape, index: Tensor) -> Tensor:
         """Flat positions row * I + column of every entry, shaped as the values."""
+
+    def run(self, shape: Shape) -> int:
+        """Entries that always stay side by side: every row of :meth:`flat` falls into runs r, r + 1, ... of so many,
+
+        each of which begins at a multiple of it. What is copied at once when a support is written."""
+        return 1
 
     @abstractmethod
     def reduce(self, scores: Tensor) -> Tensor:
@@ -178,6 +185,9 @@ class Line(Wide):
         first = (index // blocks) * shape[1] + (index % blocks) * self.width
         return first[:, None] + torch.arange(self.width, device=index.device)
 
+    def run(self, shape: Shape) -> int:
+        return math.gcd(self.width, shape[1])
+
     def reduce(self, scores: Tensor) -> Tensor:
         blocks = scores.shape[1] // self.width
         return _norms(scores[:, : blocks * self.width].reshape(-1, self.width), 1)
@@ -244,6 +254,9 @@ class Tile(Wide):
         step = torch.arange(self.width, device=index.device)
         return first[:, None, None] + (step * shape[1])[:, None] + step
 
+    def run(self, shape: Shape) -> int:
+        return math.gcd(self.width, shape[1])
+
     def reduce(self, scores: Tensor) -> Tensor:
         down, across, t = scores.shape[0] // self.width, scores.shape[1] // self.width, self.width
         squares = scores[: down * t, : across * t].reshape(down, t, across, t).transpose(1, 2)
@@ -284,6 +297,9 @@ class Row(Wide):
     def flat(self, shape: Shape, index: Tensor) -> Tensor:
         return self.spread(index)[:, None] * shape[1] + torch.arange(shape[1], device=index.device)
 
+    def run(self, shape: Shape) -> int:
+        return shape[1]
+
     def reduce(self, scores: Tensor) -> Tensor:
         units = scores.shape[0] // self.width
         return _norms(scores[: units * self.width].reshape(units, -1), 1)
@@ -322,6 +338,9 @@ class Column(Wide):
 
     def flat(self, shape: Shape, index: Tensor) -> Tensor:
         return (torch.arange(shape[0], device=index.device) * shape[1])[:, None] + self.spread(index)
+
+    def run(self, shape: Shape) -> int:
+        return math.gcd(self.width, shape[1])
 
     def reduce(self, scores: Tensor) -> Tensor:
         units = scores.shape[1] // self.width

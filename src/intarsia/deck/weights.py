@@ -1,0 +1,74 @@
+"""The weights that a deck writes: found anew at each switch, and watched for whoever else writes them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from intarsia.bases import packing_of
+from intarsia.edits import memory
+from intarsia.errors import IntarsiaError
+from intarsia.operators import Operator, operator_of
+from intarsia.site import adaptable_layers, weight_name
+
+
+class Weights:
+    """A model's weights by name, as matrices.
+
+    A weight that is moved to another device or dtype is followed; one that is replaced by another parameter is refused.
+    Writes of others are seen by torch's count of changes, which those through ``.data`` or another library do not raise.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[str, tuple[nn.Module, str, Tensor]] = {}
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            owner, _, attribute = name.rpartition(".")
+            self._owners[name] = (model.get_submodule(owner), attribute, weight)
+        self._operators = {
+            weight_name(model, name): operator_of(layer) for name, layer in adaptable_layers(model).items()
+        }
+        self._seen = {name: _state(self[name]) for name in self._operators}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._owners[name][2]
+
+    @property
+    def adaptable(self) -> list[Tensor]:
+        """Those that an adapter may change, and that lie in memory as plain numbers."""
+        return [self[n] for n in self._operators if packing_of(self[n]).in_place]
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight as its edits see it, (O, I). A view, made anew because moving a model gives its weights new memory."""
+        operator = self._operators[name]
+        assert isinstance(operator, Operator)  # add() has taken no other
+        return operator.matrix(self[name].detach())
+
+    def memory(self, name: str) -> Tensor:
+        """The weight's memory as one row. A view."""
+        weight = self[name].detach()
+        if weight.is_contiguous():
+            return weight.view(-1)
+        row = memory(self.matrix(name))
+        assert row is not None  # a plan has runs of no other
+        return row
+
+    def changed(self) -> bool:
+        """Whether anybody has written or moved a weight since :meth:`saw`."""
+        return any(_state(self[name]) != state for name, state in self._seen.items())
+
+    def saw(self) -> None:
+        """Take what stands in the weights now for known."""
+        self._seen = {name: _state(self[name]) for name in self._seen}
+
+    def check_in_place(self) -> None:
+        """Raise IntarsiaError where a layer has another weight than it had."""
+        for name in self._operators:
+            owner, attribute, weight = self._owners[name]
+            if owner._parameters.get(attribute) is not weight:
+                raise IntarsiaError(
+                    f"{name} is another parameter than when the deck was made, so its bits cannot be exchanged; make a new "
+                    "deck: intarsia.Deck(model), or put the old parameter back"
+                )
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    return weight.data_ptr(), weight._version, weight.dtype, weight.device
