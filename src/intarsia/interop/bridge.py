@@ -187,9 +187,9 @@ class LayerAdapters(nn.ModuleDict, BaseTunerLayer):
         """Take an adapter off the layer; with the last one the layer is of its own class again."""
         if adapter_name not in self:
             return
-        active = [name for name in self.active_adapters if name != adapter_name]
-        rest = [name for name in self if name != adapter_name]
-        if adapter_name in self.active_adapters and not active and rest:
+        active = [name for name in self._active_adapter if name != adapter_name]
+        rest = [name for name in self.keys() if name != adapter_name]  # torch's type says less than its class
+        if adapter_name in self._active_adapter and not active and rest:
             active = rest[:1]
             warnings.warn(
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
@@ -389,7 +389,7 @@ class IntarsiaModel(BaseTuner):
             )
         try:
             if first:
-                model._intarsia_peft = model.register_state_dict_post_hook(_base_state)  # type: ignore[assignment]
+                model._intarsia_peft = model.register_state_dict_post_hook(_base_state)
             for layer in chain.adapted_layers(model).values():
                 if not isinstance(layer.adapters, LayerAdapters):
                     LayerAdapters(layer)._active_adapter = list(self.active_adapters)
@@ -571,9 +571,11 @@ class IntarsiaModel(BaseTuner):
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 above, _, last = name.rpartition(".")
-                own = module.unload_and_optionally_merge_module(
-                    merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
-                )
+                own = module.original_module
+                if merge:
+                    own = module.unload_and_optionally_merge_module(
+                        merge=merge, safe_merge=safe_merge, adapter_names=adapter_names
+                    )
                 setattr(self.model.get_submodule(above), last, own)
         for name in attached.attached_names(self.model):
             self._detach(self.model, name)
@@ -742,7 +744,7 @@ def _state(
 
 def _put_in_place(base: nn.Module, name: str, adapter: str, state: chain.State, present: chain.State | None) -> None:
     layer = layer_at(base, name)
-    active = [a for other in _containers_of(base)[:1] for a in other.active_adapters]
+    active = [a for other in _containers_of(base)[:1] for a in other._active_adapter]
     if present is not None:
         chain.set_active(layer, ())
         state.requires_grad_(any(p.requires_grad for p in present.parameters()))
