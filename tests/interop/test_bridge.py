@@ -132,8 +132,11 @@ def test_only_the_adapter_trains_and_all_of_it(llama: Any, method: dict[str, Any
 def test_disabling_gives_the_base_and_leaving_gives_back_what_was(llama: Any, method: dict[str, Any]) -> None:
     before = logits(llama)
     model = two(llama, method)
-    model.base_model.set_requires_grad("default", False)
     trained = logits(model)
+    with model.disable_adapter():
+        assert not any(p.requires_grad for p in model.parameters())
+    assert model.get_model_status().requires_grad == {"default": True, "other": False}
+    model.base_model.set_requires_grad("default", False)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
     assert torch.equal(logits(model), trained)
