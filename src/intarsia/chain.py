@@ -421,8 +421,13 @@ def set_active(layer: Any, names: Sequence[str], live: bool = True) -> None:
     if layer.shard is not None and len(layer.active) > 1:
         live = False  # an adapter above may ask for the base's own weight, and each process keeps only its part's bits
     live = live or layer.operator.kind == STACK  # there is no other way there
-    if live and layer.active and layer.packing.in_place and isinstance(layer.adapters[layer.active[0]].method, Sparse):
+    if live and layer.active and layer.packing.in_place and _is_there(layer.adapters[layer.active[0]]):
         _set_in(layer, layer.active[0])
+
+
+def _is_there(state: State) -> bool:
+    """Whether this is a sparse adapter with its numbers: on the meta device they are yet to be loaded."""
+    return isinstance(state.method, Sparse) and not state.tensors()["values"].is_meta
 
 
 def _set_in(layer: Any, name: str) -> None:

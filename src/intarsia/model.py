@@ -58,7 +58,7 @@ _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name for names tha
 
 
 # Who has set what into a model. Weak on both sides: neither a model nor a deck is kept alive by the other one's entry.
-_OCCUPIED: weakref.WeakKeyDictionary[nn.Module, tuple[str, weakref.ref[object]]] = weakref.WeakKeyDictionary()
+_OCCUPIED: weakref.WeakKeyDictionary[nn.Module, tuple[str, weakref.ref[object], str]] = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -564,26 +564,26 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
 
 
 # ------------------------------------------------------------------ who may write the weights
-def occupy(model: nn.Module, by: str | None, owner: object) -> None:
-    """Note what ``owner`` (a deck) has set into the weights; None: they are the base's again."""
+def occupy(model: nn.Module, by: str | None, owner: object, how: str = "by a deck; call its off() first") -> None:
+    """Note what ``owner`` (a deck) has set into the weights, and how it is taken out; None: they are the base's again."""
     if by is None:
         _OCCUPIED.pop(model, None)
     else:
-        _OCCUPIED[model] = (by, weakref.ref(owner))
+        _OCCUPIED[model] = (by, weakref.ref(owner), how)
 
 
 def check_unoccupied(model: nn.Module, owner: object = None) -> None:
     """Raise IntarsiaError where something other than an adapter here, and other than ``owner``, is set into the weights."""
     if model not in _OCCUPIED:
         return
-    by, reference = _OCCUPIED[model]
+    by, reference, how = _OCCUPIED[model]
     found = reference()
     if found is None:
         raise IntarsiaError(
             f"{by} is set into this model by a deck that is gone, and the base's bits with it; load the base again"
         )
     if found is not owner:
-        raise IntarsiaError(f"{by} is set into this model by a deck; call its off() first")
+        raise IntarsiaError(f"{by} is set into this model {how}")
 
 
 def _free(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Interop: other libraries' files and interfaces."""
