@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from torch import nn
@@ -16,7 +17,7 @@ from intarsia.interop import TARGETS
 from intarsia.model import base_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-TAKING = {"--rank": {"rank": 4}, "--dense": {"dense": True}}
+TAKING: dict[str, dict[str, Any]] = {"--rank": {"rank": 4}, "--dense": {"dense": True}}
 
 
 def tables() -> ModuleType:
