@@ -1,4 +1,4 @@
-"""Write the generated tables: the methods in README.md, and docs/methods.md.
+"""Write the generated tables: the methods in README.md, docs/methods.md, and what becomes of edits in docs/interop.md.
 
 python docs/tables.py            write
 python docs/tables.py --check    say what is out of date, and exit with 1 if anything is (a test does this)
@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
+import torch
+
 import intarsia as ia
+from intarsia.edits import KINDS, Dense, Edit, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
+from intarsia.interop import TARGETS
+from intarsia.support import GRANULARITIES, named_granularity
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- methods: made by docs/tables.py -->", "<!-- methods end -->"
+BEGIN_EDITS, END_EDITS = "<!-- edits: made by docs/tables.py -->", "<!-- edits end -->"
 
 
 def ours() -> list[type[ia.Method]]:
@@ -59,6 +66,40 @@ def methods_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def samples() -> dict[str, Edit]:
+    """One edit of every kind that a file may hold, under the name that the table gives it."""
+    shape, index = (64, 64), torch.tensor([1])
+    found: dict[str, Edit] = {}
+    for name in GRANULARITIES:
+        unit = named_granularity(name)
+        found[unit.plural] = Sparse(shape, unit, index, torch.ones(unit.values_shape(shape, 1)))
+    low_rank = LowRank(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
+    found["low_rank"] = low_rank
+    found["rescaled (DoRA) low rank"] = Rescaled(shape, low_rank, torch.ones(64))
+    found["rescaled elements"] = Rescaled(shape, found["elements"], torch.ones(64))
+    found["sum of elements and low_rank"] = Sum(shape, (found["elements"], low_rank))
+    found["sum of rows and low_rank"] = Sum(shape, (found["rows"], low_rank))
+    found["sum of elements and rows"] = Sum(shape, (found["elements"], found["rows"]))
+    found["sum of rows and low_rank, weighted"] = Sum(shape, (found["rows"], low_rank), (0.5, 2.0))
+    kernel = partial(Kernel, shape, torch.linspace(-1, 1, 128).view(2, 64, 1), torch.ones(2, 64, 1), None, rule="soft")
+    found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
+    found["dense"] = Dense(shape, torch.ones(shape))
+    found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
+    if missing := KINDS.keys() - {edit.kind for edit in found.values()}:
+        raise SystemExit(f"docs/tables.py has no sample of the edits {', '.join(sorted(missing))}")
+    return found
+
+
+def edits_table() -> str:
+    """What becomes of each kind of edit in each format, asked of the code that writes it."""
+    rows = [f"| edit | {' | '.join(f'`{name}`' for name in TARGETS)} |", "|---" * (len(TARGETS) + 1) + "|"]
+    for name, edit in samples().items():
+        outcomes = [target.outcome(edit) for target in TARGETS.values()]
+        shown = [f"with `{said}`" if said.startswith("--") else said for said in outcomes]
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
 def _link(paper: str) -> str:
     if paper.startswith("https://"):
         return f"[source]({paper})"
@@ -67,13 +108,17 @@ def _link(paper: str) -> str:
 
 def expected() -> dict[Path, str]:
     """Every generated file with the text that it should have."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
     return {
-        ROOT / "README.md": f"{before}{BEGIN}\n{readme_table()}\n{END}{after}",
+        ROOT / "README.md": _between(ROOT / "README.md", BEGIN, readme_table(), END),
         ROOT / "docs" / "methods.md": methods_page(),
+        ROOT / "docs" / "interop.md": _between(ROOT / "docs" / "interop.md", BEGIN_EDITS, edits_table(), END_EDITS),
     }
+
+
+def _between(page: Path, begin: str, table: str, end: str) -> str:
+    """The page with another table between its two marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,7 +21,7 @@ import hub as hubs
 import intarsia as ia
 from intarsia import folders, pretrained
 from intarsia.errors import IntarsiaError
-from toy import save_toy, toy_model, toy_tokenizer
+from toy import save_toy, toy_model, toy_tokenizer, write_gguf
 
 INPUT = torch.arange(20).view(2, 10)
 
@@ -240,44 +239,6 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, own: str | None, shar
 
 
 # GGUF files
-
-
-def write_gguf(file: Path, model: LlamaForCausalLM, architecture: str = "llama") -> Path:
-    """The model and the toy tokenizer as llama.cpp would write them, in float32."""
-    config, tokenizer = model.config, toy_tokenizer()
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_name("Toy")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    tokens += [(f"<|unused {i}|>", i) for i in range(len(tokens), config.vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([token for token, _ in tokens])
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token, _ in tokens])
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(257)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:  # llama.cpp keeps the halves of a rotary pair side by side
-            weight = weight.view(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        target = names.get_name(name.removesuffix(".weight"))
-        assert target is not None
-        writer.add_tensor(f"{target}.weight", weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import Loss, Mapped, Progress, gather
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
-from intarsia.operators import PLAIN, STACK, operator_of
+from intarsia.operators import PLAIN, STACK, Operator, operator_of
 from intarsia.site import (
     ALL_LINEAR,
     Site,
@@ -444,16 +444,25 @@ def export(
     attached = record(model).adapters.get(name)
     edits = {weight_name(model, site): state.method.edit(state.raw()) for site, state in states(model, name).items()}
     assert attached is not None
-    base = store.Base(digest(model), _dtype(model, edits), _source(model))
     about: dict[str, Any] = {
         "targets": list(attached.targets),
         "exclude": list(attached.exclude),
         "seed": attached.seed,
     }
-    layouts = {weight_name(model, site): state.operator.layout for site, state in states(model, name).items()}
-    if stored_otherwise := {weight: layout for weight, layout in layouts.items() if layout != PLAIN}:
-        about["layouts"] = stored_otherwise
-    return store.Adapter(called or name, edits, base, attached.method.config(), about, note or {})
+    base, layouts = base_of(model, edits)
+    return store.Adapter(called or name, edits, base, attached.method.config(), about | layouts, note or {})
+
+
+def base_of(model: nn.Module, weights: Iterable[str]) -> tuple[store.Base, dict[str, Any]]:
+    """What an adapter's file says of its base and of how the weights, named as in the model, are stored there."""
+    weights = list(weights)
+    named = {weight_name(model, name): layer for name, layer in adaptable_layers(model).items()}
+    layouts = {
+        weight: operator.layout for weight in weights if isinstance(operator := operator_of(named[weight]), Operator)
+    }
+    otherwise = {weight: layout for weight, layout in layouts.items() if layout != PLAIN}
+    base = store.Base(digest(model), _dtype(model, weights), _source(model))
+    return base, {"layouts": otherwise} if otherwise else {}
 
 
 def save(
@@ -636,8 +645,8 @@ def _only(model: nn.Module) -> str:
     return names[0]
 
 
-def _dtype(model: nn.Module, edits: Mapping[str, Any]) -> str:
-    weight = model.get_parameter(next(iter(edits)))
+def _dtype(model: nn.Module, weights: Iterable[str]) -> str:
+    weight = model.get_parameter(next(iter(weights)))
     return packing_of(weight).name(weight)
 
 

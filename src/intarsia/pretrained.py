@@ -129,6 +129,15 @@ def locate(name: str | os.PathLike[str], *, progress: Say | None = None) -> Path
     )
 
 
+def gguf_file(name: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that a model of this name is converted from, or None: it came as safetensors."""
+    text = os.fspath(name)
+    if text in ALIASES:
+        return _carried(ALIASES[text])
+    path = Path(text).expanduser()
+    return path if path.is_file() else None
+
+
 def _silent(line: str) -> None:
     """Progress that nobody asked for."""
 
@@ -143,16 +152,21 @@ def _first_line(error: BaseException) -> str:
 
 def _aliased(name: str, say: Say) -> Path:
     alias = ALIASES[name]
-    spec = importlib.util.find_spec(alias.package)
-    homes = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    if files := sorted(file for home in homes for file in home.glob("*.gguf")):
-        return _converted(files[0], say)
+    if file := _carried(alias):
+        return _converted(file, say)
     try:
         return _fetched(alias.hub, say)
     except IntarsiaError as error:
         raise IntarsiaError(
             f"{error}\nThe alias {name!r} needs no hub with the package that carries it: {alias.install}"
         ) from error
+
+
+def _carried(alias: Alias) -> Path | None:
+    """The GGUF file in the alias's package, where that is installed."""
+    spec = importlib.util.find_spec(alias.package)
+    homes = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    return next(iter(sorted(file for home in homes for file in home.glob("*.gguf"))), None)
 
 
 def _neighbours(path: Path) -> str:
@@ -232,11 +246,11 @@ def _no_model(folder: Path, names: list[str]) -> str:
 def _read(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _hushed(), _about(folder, "its model is none that can be read here"):
+    with hushed(), _about(folder, "its model is none that can be read here"):
         # Mismatched weights are let through to be told by name below.
         options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
-    with _hushed(), _about(folder, "its tokenizer cannot be read"):
+    with hushed(), _about(folder, "its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     _complete(folder, report)
     _pad(str(folder), model, tokenizer)
@@ -278,7 +292,7 @@ def _pad(what: str, model: Any, tokenizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """No bars and no notes of transformers' own: what matters in them is an error here."""
     from transformers import modeling_gguf_pytorch_utils as reader
     from transformers.utils import logging
@@ -324,7 +338,7 @@ def _converted(file: Path, say: Say) -> Path:
     with _aside(folder) as work:
         model, tokenizer = _unpacked(file, say)
         say("writing the converted copy")
-        with _hushed():
+        with hushed():
             model.to(torch.bfloat16).save_pretrained(work)
             tokenizer.save_pretrained(work)
     say(f"converted in {time.monotonic() - start:.0f} s")
@@ -370,10 +384,10 @@ def _unpacked(file: Path, say: Say) -> tuple[Any, Any]:
     dense = {} if config is None else {"quantization_config": config(gguf_file=file.name, dequantize=True)}
     broken, advice = "cut off, broken or of an unsupported kind", "; fetch or copy it again"
     say("reading the tokenizer")
-    with _hushed(), _about(file, broken, advice):
+    with hushed(), _about(file, broken, advice):
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
     say("reading the weights")
-    with _hushed(), _about(file, broken, advice):
+    with hushed(), _about(file, broken, advice):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **options, **dense
         )

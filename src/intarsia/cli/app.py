@@ -13,6 +13,7 @@ from intarsia._version import __version__
 from intarsia.cli import bench, registry, terminal
 from intarsia.cli.chat import chat
 from intarsia.cli.check import check
+from intarsia.cli.convert import convert
 from intarsia.cli.demo import demo
 from intarsia.cli.evaluate import evaluate
 from intarsia.cli.methods import methods
@@ -126,6 +127,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "chat": chat,
     "show": show,
+    "convert": convert,
     "methods": methods,
     "check": check,
 }

@@ -279,7 +279,7 @@ class LayerAdapters(nn.ModuleDict, BaseTunerLayer):
         for number, kept in enumerate(self.kept):
             bits = fn(kept.bits)
             index = None if kept.index is None else kept.index.to(bits.device)
-            self.kept[number] = Placement(kept.granularity, index, bits)
+            self.kept[number] = Placement(kept.run, index, bits)
         return self
 
 
