@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import intarsia as ia
-from intarsia.site import find_sites
+from intarsia.site import adaptable_layers, find_sites
 from small import small_net
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -212,3 +212,12 @@ def test_a_base_may_have_modules_called_adapters():
     with torch.no_grad():
         model.get_parameter("adapters.0.weight").add_(1.0)
     assert ia.digest(model) != start
+
+
+def test_an_adapters_own_tensors_are_no_sites() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    before = list(adaptable_layers(net))
+    ia.attach(
+        net, ia.Shira(density=0.5, granularity="tile", width=4), targets="0"
+    )  # values (k, 4, 4), as a stack of experts
+    assert list(adaptable_layers(net)) == before

@@ -46,8 +46,10 @@ class Tensors:
         operator: Operator = LINEAR,
         dtype: torch.dtype = torch.float32,
         training: bool = False,
+        traits: Any = None,
     ):
         self.shape, self.plan, self.operator, self.dtype, self.training = shape, plan, operator, dtype, training
+        self.traits = traits
         for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
@@ -55,9 +57,12 @@ class Tensors:
 class State(nn.Module):
     """One adapter at one site: its tensors and the method that reads them. Floating tensors stay float32 or wider."""
 
+    is_state = True  # so that nobody takes its tensors for weights of the base
+
     def __init__(self, method: Method, site: Site, tensors: dict[str, Tensor]):
         super().__init__()
         self.method, self.shape, self.operator = method, site.shape, site.operator
+        self.traits = method.traits(site.shape)
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
@@ -67,7 +72,7 @@ class State(nn.Module):
 
     def replan(self) -> None:
         """Make what follows from the state anew, after tensors of it were written."""
-        plan = self.method.plan(Tensors(self.tensors(), self.shape))
+        plan = self.method.plan(Tensors(self.tensors(), self.shape, traits=self.traits))
         self.plan_length = len(plan)
         for number, tensor in enumerate(plan):
             self.register_buffer(f"plan{number}", tensor, persistent=False)
@@ -77,8 +82,9 @@ class State(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Trained and constant tensors by name."""
-        constants = {k: t for k, t in self.named_buffers() if k not in self._non_persistent_buffers_set}
-        return dict(self.named_parameters()) | constants
+        # Not named_parameters(): every forward of every layer asks.
+        constants = {k: t for k, t in self._buffers.items() if k not in self._non_persistent_buffers_set}
+        return {**self._parameters, **constants}  # type: ignore[dict-item]  # none of them is None
 
     def granularity(self) -> Granularity:
         """Of a sparse method's support."""
@@ -86,7 +92,8 @@ class State(nn.Module):
 
     def raw(self, operator: Operator | None = None) -> Tensors:
         """p in the dtypes that are stored; for a partner, with what that does with the weight."""
-        return Tensors(self.tensors(), self.shape, self.plan(), operator or self.operator, training=self.training)
+        operator = operator or self.operator
+        return Tensors(self.tensors(), self.shape, self.plan(), operator, training=self.training, traits=self.traits)
 
     def cast(self, dtype: torch.dtype, operator: Operator | None = None) -> Tensors:
         """p in one floating dtype, so that no method ever meets two it did not ask for."""
@@ -98,6 +105,7 @@ class State(nn.Module):
             operator or self.operator,
             dtype,
             self.training,
+            self.traits,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> State:

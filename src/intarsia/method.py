@@ -133,6 +133,10 @@ class Method(ABC):
         """Constants that follow from the state and are not saved with it; made once, met again as ``p.plan``."""
         return ()
 
+    def traits(self, shape: tuple[int, int]) -> Any:
+        """What follows from the method and the weight's shape alone; asked once, met again as ``p.traits`` (else None)."""
+        return None
+
     def before_step(self, p: Any) -> None:  # noqa: B027
         """Called before every optimizer step that this state takes part in, with the gradients there (``p.A.grad``)."""
 

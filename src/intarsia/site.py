@@ -66,8 +66,8 @@ def adaptable_layers(model: nn.Module) -> dict[str, Any]:
     """Every layer of a known kind, by dotted name, and every parameter of three dimensions that another module owns."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Bare):
-            continue  # it is adapted, and found below by its owner
+        if isinstance(module, Bare) or getattr(module, "is_state", False):
+            continue  # the one is adapted, and found below by its owner; the other is an adapter's own
         if operator_of(module) is not None:
             found[name] = module
             continue

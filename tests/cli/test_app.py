@@ -66,6 +66,11 @@ SURFACE = {
         ["--model", "--data", "--eval", "--skill", "--other", "--method", "--lr", "--seeds", "--count", "--steps",
          "--answers", "--output", "--restart", "--list", "--json", "--plot"],
     ),
+    "bench switch": (
+        [],
+        ["--shape", "--density", "--dtype", "--granularity", "--model", "--rank", "--rounds", "--threads", "--writer", "--list",
+         "--seed", "--json", "--plot"],
+    ),
 }  # fmt: skip
 
 

@@ -74,6 +74,7 @@ EXACT: dict[str, dict[str, Make]] = {
     "an odd scale": {"up": lambda d: low_rank(UP, 3, 0.1 + 0.2, d)},
     "ranks and scales": {"up": lambda d: low_rank(UP, 2, 2.0, d), "down": lambda d: low_rank(DOWN, 5, 0.3, d)},
     "sum": {"up": lambda d: Sum(UP, (sparse(Row(1), UP, [2], d), low_rank(UP, 2, 0.3, d), sparse(Column(1), UP, [1, 9], d)))},
+    "weighted sum": {"up": lambda d: Sum(UP, (sparse(Row(1), UP, [2], d), low_rank(UP, 2, 0.5, d)), (0.5, -2.0))},
     "one empty": {"up": lambda d: sparse(Row(1), UP, [], d), "down": lambda d: low_rank(DOWN, 2, 1.0, d)},
     "dora": {"up": lambda d: rescaled(low_rank(UP, 2, 0.5, d), d), "down": lambda d: rescaled(low_rank(DOWN, 2, 0.5, d), d)},
     "dora of columns": {"up": lambda d: rescaled(sparse(Column(2), UP, [1, 3], d), d)},

@@ -40,6 +40,9 @@ class Rescale(Method):
     def plan(self, p: Any) -> tuple[Tensor, ...]:
         return self.inside().plan(p)
 
+    def traits(self, shape: tuple[int, int]) -> Any:
+        return self.inside().traits(shape)
+
     def stays_wide(self) -> frozenset[str]:
         # In bfloat16 a length could not change by less than 1/256, and m/c would not be 1 at the start.
         return self.inside().stays_wide() | {"magnitude"}

@@ -100,27 +100,34 @@ class Sparse(Delta):
         return {"values": nn.Parameter(_values(delta, scale, start)), "index": index, "start": start}
 
     def plan(self, p: Any) -> Plan:
-        return self.granularity_at(p.shape).plan(p.shape, p.index)
+        return self._unit_and_scale(p)[0].plan(p.shape, p.index)
+
+    def traits(self, shape: Shape) -> tuple[Granularity, float]:
+        return self.granularity_at(shape), self.scale_at(shape)
+
+    def _unit_and_scale(self, p: Any) -> tuple[Granularity, float]:
+        # A forward asks once a layer, and working them out takes as long as a small product.
+        return p.traits or self.traits(p.shape)
 
     def change(self, p: Any) -> Tensor:
         """What is added to the support, in the granularity's shape of values."""
-        grown: Tensor = self.scale_at(p.shape) * p.values
+        grown: Tensor = self._unit_and_scale(p)[1] * p.values
         return grown.sub(p.start) if self.trains_weights() else grown
 
     def delta(self, p: Any) -> Tensor:
-        return self.granularity_at(p.shape).scatter(p.shape, p.index, self.change(p))
+        return self._unit_and_scale(p)[0].scatter(p.shape, p.index, self.change(p))
 
     def branch(self, p: Any, x: Tensor) -> Tensor:
         x = x.to(_autocast_dtype(x) or x.dtype)
         change = self.change(p).to(x.dtype if x.is_floating_point() else p.dtype)
-        return _Branch.apply(x, change, p.index, p.operator, self.granularity_at(p.shape), p.shape, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
+        return _Branch.apply(x, change, p.index, p.operator, self._unit_and_scale(p)[0], p.shape, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
 
     def live(self, p: Any, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """Forward with a weight that holds the values already. W (O, I), (..., I) -> (..., O)."""
         cast = _autocast_dtype(x)
         if cast is not None:
             x, b = x.to(cast), None if b is None else b.to(cast)
-        unit, scale = self.granularity_at(p.shape), self.scale_at(p.shape)
+        unit, scale = self._unit_and_scale(p)
         return _Live.apply(x, W, b, p.values, p.index, p.operator, unit, p.shape, scale, cast is not None, *p.plan)  # type: ignore[no-any-return, no-untyped-call]
 
     def over(self, p: Any, x: Tensor, read: Read, stored: torch.dtype, b: Tensor | None) -> Tensor:
@@ -132,13 +139,13 @@ class Sparse(Delta):
 
     def set_into(self, p: Any, W: Tensor) -> Tensor:
         """W with the change added on the support, in float32 or wider, and rounded once. In place."""
-        unit, change = self.granularity_at(p.shape), self.change(p)
+        unit, change = self._unit_and_scale(p)[0], self.change(p)
         unit.put(W, p.index, (unit.gather(W, p.index).to(change.dtype) + change).to(W.dtype))
         return W
 
     def edit(self, p: Any) -> Edit:
         return SparseEdit(
-            p.shape, self.granularity_at(p.shape), p.index.detach().clone(), self.change(p).detach().clone()
+            p.shape, self._unit_and_scale(p)[0], p.index.detach().clone(), self.change(p).detach().clone()
         )
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
@@ -248,7 +255,7 @@ class _Over(torch.autograd.Function):
         read: Callable[[], Tensor],
         *plan: Tensor,
     ) -> Tensor:
-        unit = method.granularity_at(p.shape)
+        unit, _ = method._unit_and_scale(p)
         kept = p.operator.keep(x, unit, index, plan) if ctx.needs_input_grad[2] else None
         ctx.save_for_backward(kept, values, index, *plan)  # values: to notice when they are written before backward
         ctx.method, ctx.p, ctx.read, ctx.x_shape = method, p, read, x.shape
@@ -264,8 +271,8 @@ class _Over(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx = p.operator.input_gradient(gy, method.set_into(p, ctx.read()).to(gy.dtype), ctx.x_shape)
         if ctx.needs_input_grad[2]:
-            gv = p.operator.support_gradient(gy, kept, method.granularity_at(p.shape), index, plan, p.shape)
-            gv = gv.to(values.dtype) * method.scale_at(p.shape)
+            unit, scale = method._unit_and_scale(p)
+            gv = p.operator.support_gradient(gy, kept, unit, index, plan, p.shape).to(values.dtype) * scale
         gb = p.operator.bias_gradient(gy) if ctx.needs_input_grad[1] else None
         return gx, gb, gv, *(None for _ in range(4 + len(plan)))
 

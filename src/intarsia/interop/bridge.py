@@ -215,6 +215,8 @@ class LayerAdapters(nn.ModuleDict, BaseTunerLayer):
         Raises:
             IntarsiaError: where the weight is packed or sharded, or would not be finite; nothing is changed then.
         """
+        if isinstance(adapter_names, list):  # a method may leave a layer out; PEFT would warn of what is not here
+            adapter_names = [name for name in adapter_names if name in self]
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self]
         try:
             self._set_in(names)
@@ -546,7 +548,8 @@ class IntarsiaModel(BaseTuner):
 
     def unmerge_adapter(self) -> None:
         """Take out what was merged: the base's own bits."""
-        for adapters in self._containers():
+        containers = self._containers()
+        for adapters in [each for each in containers if each.merged] or containers:
             adapters.unmerge()
         self._note()
 
