@@ -2,6 +2,7 @@
 
     python bench/gpu.py check           every granularity, live training, the deck, seeded supports: CUDA against CPU
     python bench/gpu.py qpaca [70b]     a Llama of random weights in NF4, PaCA of rank 8 on every linear layer, one step
+    python bench/gpu.py page            the tables of docs/benchmarks.md from bench/results/gpu; needs no GPU
 
 Prints one JSON line a result. The step times are those of `intarsia bench train --device cuda`.
 """
@@ -13,6 +14,7 @@ import gc
 import json
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from intarsia import bases
 from intarsia.bench.models import SIZES, Size, random_llama
 from intarsia.support import GRANULARITIES, named_granularity, sample
 
+ROOT = Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "bench" / "results" / "gpu", ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- made by bench/gpu.py -->", "<!-- end -->"
 LARGE = SIZES | {"70b": Size(8192, 80, 64, 8, 28672, 128256), "13b": Size(5120, 40, 40, 40, 13824, 32000)}
 
 
@@ -166,12 +171,62 @@ def _layer(model: Any, config: Any, number: int) -> nn.Module:
     return layer
 
 
+# ------------------------------------------------------------------ the page
+RUNS = (
+    ("train-47m.json", "float32"),
+    ("train-47m.json", "bfloat16"),
+    ("train-1b.json", "bfloat16"),
+    ("train-8b.json", "bfloat16"),
+)
+
+
+def page() -> None:
+    lines = []
+    for file, dtype in RUNS:
+        result = json.loads((RESULTS / file).read_text())
+        rows = [row for row in result["rows"] if row["dtype"] == dtype]
+        lines += [
+            "",
+            f"{rows[0]['model']}, {dtype}:",
+            "",
+            "| | step | / floor | / PEFT LoRA | / full | kept / PEFT LoRA | peak | attach |",
+            "|---" * 8 + "|",
+        ]
+        for row in rows:
+            ratios = {against: row["ratios"].get(against, {}) for against in ("floor", "peft-lora@r16", "full")}
+            cells = [f"{row['median_s'] * 1e3:.1f} ms", *(_number(ratios[a].get("step")) for a in ratios)]
+            cells += [_number(ratios["peft-lora@r16"].get("kept")), f"{row['peak_bytes'] / 2**30:.1f} GiB"]
+            cells += ["" if row["attach_s"] is None else f"{row['attach_s'] * 1e3:.0f} ms"]
+            lines.append(f"| {row['subject']} | " + " | ".join(cells) + " |")
+    first, *rest = [json.loads(line) for line in (RESULTS / "qpaca.jsonl").read_text().splitlines()]
+    lines += [
+        "",
+        f"QPaCA, one step with gradient checkpointing ({first['gpu']}):",
+        "",
+        "| tokens in the row | peak | seconds |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {r['length']:,} | {r['peak_gib']:.1f} GiB | {r['seconds']:.1f} |" for r in rest if r["what"] == "step"
+    ]
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, after = text.partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines[1:]) + f"\n{END}{after.partition(END)[2]}", encoding="utf-8")
+
+
+def _number(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("what", choices=["check", "qpaca"])
+    arguments.add_argument("what", choices=["check", "qpaca", "page"])
     arguments.add_argument("model", nargs="?", default="70b", choices=sorted(LARGE))
     arguments.add_argument("--length", type=int, default=512)
     given = arguments.parse_args()
+    if given.what == "page":
+        page()
+        raise SystemExit
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here")
     warnings.simplefilter("ignore")

@@ -68,7 +68,7 @@ SURFACE = {
     ),
     "bench switch": (
         [],
-        ["--shape", "--density", "--dtype", "--granularity", "--model", "--rank", "--rounds", "--threads", "--writer", "--list",
+        ["--shape", "--density", "--dtype", "--granularity", "--model", "--rank", "--rounds", "--threads", "--writer", "--warm", "--list",
          "--seed", "--json", "--plot"],
     ),
 }  # fmt: skip

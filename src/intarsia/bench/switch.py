@@ -63,6 +63,7 @@ class Setup:
         model: a model by name for whole switches; ``"none"`` leaves them out.
         rank: of LoRA on one weight; on a model it is 16, as PEFT's.
         writer: of the deck.
+        warm: each way is taken once more right before it is timed, where otherwise the processor's caches are emptied.
     """
 
     shapes: Sequence[str] = ("4096x4096",)
@@ -74,6 +75,7 @@ class Setup:
     rounds: int = 25
     threads: int = 2
     writer: str = "auto"
+    warm: bool = False
     seed: int = 0
 
 
@@ -320,7 +322,11 @@ class _Place:
             for key in self.dice.sample(list(self.ways), len(self.ways)):
                 timing, way = self.ways[key]
                 way.ready()
-                scratch.bitwise_xor_(1)  # so that nobody finds what is wanted in the processor's caches
+                if self.setup.warm:
+                    way.switch()
+                    way.ready()
+                else:
+                    scratch.bitwise_xor_(1)  # so that nobody finds what is wanted in the processor's caches
                 start = time.perf_counter()
                 way.switch()
                 taken = time.perf_counter() - start

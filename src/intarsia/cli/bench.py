@@ -214,6 +214,9 @@ def switch(
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed switches of each way.")] = 25,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of the CPU.")] = 2,
     writer: Annotated[str, typer.Option("--writer", help="Of the deck: native, torch, or auto.")] = "auto",
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Do each once more before it is timed, instead of emptying the caches.")
+    ] = False,
     list_them: Annotated[bool, typer.Option("--list", help="Name what is compared with, and stop.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
@@ -240,6 +243,7 @@ def switch(
         rounds=rounds,
         threads=threads,
         writer=writer,
+        warm=warm,
         seed=seed,
     )
     found = bench.run(setup, terminal.progress())
