@@ -133,9 +133,9 @@ def test_few_entries_are_sampled(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 
 
 def test_many_entries_and_small_weights_are_not_sampled() -> None:
-    assert len(Element().plan((512, 512), torch.arange(5000))) == 2
-    assert Element().plan((512, 512), torch.arange(6000)) == ()
-    assert Element().plan((128, 512), torch.arange(8)) == ()
+    assert len(Element().plan((1024, 1024), torch.arange(20000))) == 2
+    assert Element().plan((1024, 1024), torch.arange(21000)) == ()
+    assert Element().plan((512, 1024), torch.arange(8)) == ()
 
 
 @pytest.mark.parametrize("unit", KINDS, ids=repr)
