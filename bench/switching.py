@@ -2,6 +2,8 @@
 
     intarsia bench switch --json bench/results/switch.json --plot docs/images/switching.png
     python bench/switching.py [--json bench/results/switch.json] [--page docs/deck.md]
+    intarsia bench switch --warm --model none --json bench/results/switch-warm.json
+    python bench/switching.py --json bench/results/switch-warm.json --page docs/deck.md --part warm
 
 Prints them; with --page, writes them between the page's marks. A goal that is missed says so.
 """
@@ -32,10 +34,10 @@ def tables(result: dict[str, Any]) -> str:
     found = {(r["place"], r["subject"], r["against"], r["dtype"]): r for r in rows}
     lines = ["| | against | float32 | bfloat16 |", "|---|---|---|---|"]
     for place, way, against, sense, *wanted in GOALS:
-        cells = [
-            _goal(found.get((place, way, against, dtype)), sense, goal)
-            for dtype, goal in zip(DTYPES, wanted, strict=True)
-        ]
+        of = [found.get((place, way, against, dtype)) for dtype in DTYPES]
+        if not any(of):
+            continue
+        cells = [_goal(row, sense, goal) for row, goal in zip(of, wanted, strict=True)]
         lines.append(f"| {place}: {way} | {against} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -86,15 +88,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "switch.json")
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--part", help="a second pair of marks on the page: <!-- PART: made by ... -->")
     given = parser.parse_args()
     text = tables(json.loads(given.json.read_text(encoding="utf-8")))
     if given.page is None:
         print(text)
         return
     page = given.page.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
+    begin = BEGIN if given.part is None else BEGIN.replace("made", f"{given.part}: made")
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
-    given.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    given.page.write_text(f"{before}{begin}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -677,3 +677,10 @@ def test_mutated_files_are_refused_or_load_and_take_little_memory():
     """A share of ``python tests/fuzz_files.py --files 2000``; INTARSIA_FUZZ sets another one."""
     counts = fuzz(int(os.environ.get("INTARSIA_FUZZ", "200")), seed=1)
     assert counts["refused"] > counts["same"] + counts["other"] > 0
+
+
+def test_whoever_may_read_the_head_may_read_the_numbers(tmp_path: Path) -> None:
+    net = small_net()
+    ia.attach(net, ia.Shira(density=0.5))
+    folder = ia.save(net, tmp_path / "saved")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1

@@ -125,6 +125,7 @@ def write(
     facts |= {"adapter": adapter.digest, "source": adapter.base.source}
     with made_aside(path, SUFFIX) as work:
         save_file(tensors, work, facts | {"checksum": _checksum(facts, tensors)})
+        work.chmod(0o644)  # safetensors keeps its file from all but the owner
     total = sum(math.prod(shape) for shape in shapes.values())
     return measured(path, weights=len(names), changed=changed, of=total, new_digest=new)
 

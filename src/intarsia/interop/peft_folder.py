@@ -246,6 +246,7 @@ def write_folder(
     with made_aside(path) as work:
         (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(named, work / TENSORS, {"format": "pt", BASE_DIGEST: adapter.base.digest})
+        (work / TENSORS).chmod(0o644)  # safetensors keeps its file from all but the owner
         (work / "README.md").write_text(_card(path.name, adapter, kind, config, loss), encoding="utf-8")
         work.chmod(0o755)
     return measured(path, loss, **facts)

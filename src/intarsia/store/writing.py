@@ -122,6 +122,7 @@ def _fill(aside: Path, adapter: Adapter, tensors: dict[str, Tensor], coding: str
     head["checksum"] = checksum(head)
     (aside / HEAD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
     (aside / CARD).write_text(card(head, adapter, (aside / TENSORS).stat().st_size), encoding="utf-8")
+    (aside / TENSORS).chmod((aside / HEAD).stat().st_mode)  # safetensors keeps its file from all but the owner
     for name in (TENSORS, HEAD, CARD):
         with open(aside / name, "rb") as file:
             os.fsync(file.fileno())
