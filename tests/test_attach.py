@@ -650,3 +650,17 @@ def test_a_trained_adapter_is_loaded_beside_others(tmp_path):
         ia.load(model, tmp_path / "v1.0")
     ia.load(model, tmp_path / "v1.0", "v1")
     assert models.states(model, "v1").keys() == set(SITES)
+
+
+def test_another_support_is_not_loaded_under_a_live_adapter() -> None:
+    net, other = small_net(), small_net()
+    start = ia.digest(net)
+    for model, seed in ((net, 0), (other, 1)):
+        ia.attach(model, ia.Shira(density=0.2), seed=seed)
+    with pytest.raises(ia.IntarsiaError, match="another support"):
+        net.load_state_dict(other.state_dict())
+    ia.activate(net)
+    net.load_state_dict({k: v for k, v in other.state_dict().items() if ".adapters." in k}, strict=False)
+    ia.activate(net, "default")
+    ia.detach(net, "default")
+    assert ia.digest(net) == start

@@ -295,6 +295,18 @@ class Adapted(OnChain):
         if not isinstance(self, Bare):  # whose owner may not be whole yet, and writes then
             write(self)  # a copy counts versions anew
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        key = f"{prefix}adapters.{self.live}.index"
+        if self.live is not None and key in state_dict and not getattr(self.adapters, "takes_out_to_load", False):
+            mine: Any = self.adapters[self.live].index
+            if not torch.equal(state_dict[key].cpu(), mine.cpu()):
+                # The kept bits would be put back at the new places, and nobody would know.
+                raise IntarsiaError(
+                    f"{key} is another support than that of the live adapter, whose values stand in the weight; "
+                    "call intarsia.activate(model) first, or load with intarsia.load_adapter_state"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)  # type: ignore[misc]
         if self.live is not None:

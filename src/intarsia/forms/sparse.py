@@ -161,12 +161,12 @@ def auto_scale(shape: Shape, trained: int, unit: Granularity) -> float:
 
     One Adam step moves every trained value by the learning rate, up or down. Such a sign pattern of density p on an O x I
     weight has a spectral norm between sqrt(p) (sqrt(O) + sqrt(I)), where the signs are as of coins, and p sqrt(O I) where
-    they agree as much as they can (whole rows or columns: sqrt(p O I)). What holds in between is measured,
-    docs/learning-rate.md: a = 7/8 and C = 3; for rows and columns a = 5/8 and C = 7. At most 32, since the norm of a single
+    they agree as much as they can (whole rows or columns: sqrt(p O I)). Powers and constants are fitted,
+    docs/learning-rate.md: a = 7/8 and C = 3; for rows and columns a = 3/4 and C = 4.28. At most 32, since the norm of a single
     entry is 1 already. Rounded to 2^e or 1.5 * 2^e, so that multiplying by it costs one bit at most.
     """
     rows, columns = shape
-    power, constant = (5 / 8, 7.0) if isinstance(unit, Row | Column) else (7 / 8, 3.0)
+    power, constant = (3 / 4, 4.28) if isinstance(unit, Row | Column) else (7 / 8, 3.0)
     p = max(1, trained) / (rows * columns)
     exact = min(32.0, constant / (p**power * (math.sqrt(rows) + math.sqrt(columns)) / 2))
     near = 2.0 ** math.floor(math.log2(exact))

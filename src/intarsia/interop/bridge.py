@@ -103,6 +103,7 @@ class LayerAdapters(nn.ModuleDict, BaseTunerLayer):
     """The adapters of one layer, as PEFT's tuner layer: what it is asked there is done on the layer's chain."""
 
     adapter_layer_names = ("states",)
+    takes_out_to_load = True  # see _before_loading
 
     def __init__(self, layer: Any):
         super().__init__(dict(layer.adapters))
