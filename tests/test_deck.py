@@ -638,6 +638,55 @@ def test_from_any_granularity_to_any_other_is_as_from_the_base(dtype, threads, w
     assert deck.verify() == deck.base_digest
 
 
+@pytest.mark.parametrize("first", [0, 1])  # entry of the memory where the weight begins
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_runs_of_whole_lines_of_the_cache(dtype, writer, first):
+    """Overlapping supports of lines and rows of 64 bytes and more: from each to each as from the base."""
+    dice = torch.Generator().manual_seed(0)
+    W = torch.randn(40 * 96 + first, generator=dice).to(dtype)[first:].view(40, 96)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 40, bias=False))
+    model[0].weight = torch.nn.Parameter(W)
+    base, deck, wanted = W.clone(), ia.Deck(model, writer=_writer(writer)), {}
+    for name, unit, count in [("a", "line", 50), ("b", "line", 60), ("c", "row", 15), ("d", "row", 20)]:
+        granularity = named_granularity(unit)
+        index = torch.randperm(granularity.units((40, 96)), generator=dice)[:count].sort().values
+        edit = Sparse(
+            (40, 96), granularity, index, torch.randn(granularity.values_shape((40, 96), count), generator=dice)
+        )
+        deck.add(ia.Adapter(name, {"0.weight": edit}, Base(deck.base_digest, str(dtype)), {"name": "shira"}))
+        wanted[name] = edit.fold(base.to(torch.promote_types(dtype, torch.float32))).to(dtype)
+    for one, other in itertools.permutations(wanted, 2):
+        deck.use(one)
+        deck.use(other)
+        assert W.equal(wanted[other]), (one, other)
+        deck.off()
+        assert W.equal(base)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_weight_that_is_moved_while_it_is_written_is_found_where_it_went(writer, monkeypatch):
+    deck = _deck(torch.float32, writer=_writer(writer))
+    deck.use("elements")
+    deck.off()  # both ways are planned, with the addresses of now
+    weight, left = deck.model.up.weight, []
+    step = "native_merge" if writer == "native" else "put_row"
+    real = getattr(writer_module, step)
+
+    def moved(*given: Any) -> None:
+        real(*given)
+        if not left:
+            left.append(weight.data)  # still there, so that nothing else gets its memory
+            weight.data = weight.data.clone()
+
+    monkeypatch.setattr(writer_module, step, moved)
+    deck.use("elements")
+    old = left[0].clone()
+    deck.off()
+    assert left[0].equal(old)  # where the weight no longer lies nothing is written
+    assert _bits(deck.model) == deck.base_digest
+
+
 def test_both_writers_write_the_same_bits():
     pytest.importorskip("numba")
     decks = [_deck(torch.bfloat16, writer=writer) for writer in WRITERS]
@@ -664,7 +713,7 @@ def test_a_switch_writes_every_entry_once(writer, monkeypatch):
         deck.use(one)
         passage = plan_module.passage(deck._inside.plan, deck._shelf.get(("plan", ((other, 1.0),))))
         assert not passage.copies
-        steps = writer_module.Torch().prepare(passage).work
+        steps = writer_module.Torch().prepare(passage, deck._weights).work
         for site in SITES:
             written = [
                 (index[:, None] * run + torch.arange(run)).reshape(-1)

@@ -369,7 +369,7 @@ def attached_names(model: nn.Module) -> list[str]:
 
 def active_names(model: nn.Module) -> list[str]:
     """Names of the adapters that act, lowest first."""
-    return list(record(model).active) if hasattr(model, "_intarsia") else []
+    return list(record(model).active) if "_intarsia" in vars(model) else []
 
 
 def states(model: nn.Module, name: str) -> dict[str, chain.State]:

@@ -269,7 +269,7 @@ class Deck:
             try:
                 self._mend()
                 self._look()
-                shares = self._checked({name: weight * strength for name, weight in given})
+                shares = given if strength == 1 else self._checked({name: weight * strength for name, weight in given})
                 self._exchange(_Inside(self._plan(shares), given, float(strength)))
             finally:
                 self.last_switch_seconds = time.perf_counter() - start
@@ -284,31 +284,35 @@ class Deck:
         whole = {name: place(name, w.base, w.terms).bits for name, w in new.whole.items()}
         before = {name: matrix(name).clone() for name in old.plan.whole}
         self._inside = _Inside(old.plan, old.given, old.strength, torn=(new, old.plan))
+        touched = {*old.plan.weights, *new.weights}
         try:
-            attached.occupy(self.model, " + ".join(name for name, _ in (new.shares or old.plan.shares)) or None, self)
+            self._occupy(new.shares or old.plan.shares)
             for name in prepared.copies:
                 matrix(name).copy_(old.plan.whole[name].base)
             for name, bits in whole.items():
                 matrix(name).copy_(bits)
             self._writer.write(prepared, self._weights)
             if not new.shares:
-                attached.occupy(self.model, None, self)
-            self._weights.saw()
+                self._occupy(())
+            self._weights.wrote(touched)
         except BaseException:
             plans.restore((new, old.plan), matrix)
             plans.renew(old.plan, matrix, before)
-            attached.occupy(self.model, " + ".join(name for name, _ in old.plan.shares) or None, self)
-            self._weights.saw()
+            self._occupy(old.plan.shares)
+            self._weights.wrote(touched)
             self._inside = old
             raise
         self._inside = fresh
+
+    def _occupy(self, shares: Shares) -> None:
+        attached.occupy(self.model, " + ".join(name for name, _ in shares) or None, self)
 
     def _mend(self) -> None:
         """Back to the base, after a switch and its undoing both failed."""
         if self._inside.torn:
             plans.restore(self._inside.torn, self._weights.matrix)
-            attached.occupy(self.model, None, self)
-            self._weights.saw()
+            self._occupy(())
+            self._weights.wrote({name for plan in self._inside.torn for name in plan.weights})
             self._inside = BASE
 
     def _look(self) -> None:
@@ -358,7 +362,7 @@ class Deck:
         key = ("passage", old.shares, new.shares)
         found: tuple[Plan, Plan, writers.Prepared] | None = self._shelf.get(key)
         if found is None or found[0] is not old or found[1] is not new:
-            prepared = self._writer.prepare(plans.passage(old, new))
+            prepared = self._writer.prepare(plans.passage(old, new), self._weights)
             names = frozenset(name for plan in (old, new) for name, _ in plan.shares)
             self._shelf.put(key, (old, new, prepared), prepared.bytes, names)
             return prepared

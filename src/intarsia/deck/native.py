@@ -43,6 +43,33 @@ def _prefetch(_, address):
     return types.void(address), code
 
 
+@intrinsic
+def _copy_line(_, to, source):
+    """64 bytes from one address to another, wherever they begin: a line at once, which a loop over words is not made into."""
+
+    def code(context, builder, signature, given):
+        line = ir.VectorType(ir.IntType(64), LINE // 8).as_pointer()
+        at, read = (builder.inttoptr(one, line) for one in given)
+        builder.store(builder.load(read, align=1), at, align=1)
+        return context.get_dummy_value()
+
+    return types.void(to, source), code
+
+
+@intrinsic
+def _flip_line(_, at):
+    """The line of 64 bytes at an address, read and written: its lowest bits are turned over."""
+
+    def code(context, builder, signature, given):
+        line = ir.VectorType(ir.IntType(64), LINE // 8)
+        place = builder.inttoptr(given[0], line.as_pointer())
+        ones = ir.Constant(line, [1] * (LINE // 8))
+        builder.store(builder.xor(builder.load(place, align=1), ones), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(at), code
+
+
 def _merge(addresses, pieces, a_index, a_bits, b_index, b_bits, words, first, last):
     """Write the pieces first ... last: units of ``words`` words, a's where b has none, else b's, in the order of memory.
 
@@ -72,6 +99,21 @@ def _merge(addresses, pieces, a_index, a_bits, b_index, b_bits, words, first, la
                 _prefetch(base + np.int64(b_index[min(j + AHEAD, j_end - 1)]) * size)
                 out[b_index[j]] = b_bits[j]
                 j += 1
+        elif size % LINE == 0:
+            a_from, b_from = a_bits.ctypes.data, b_bits.ctypes.data
+            while i < i_end or j < j_end:
+                take_b = j < j_end and (i >= i_end or b_index[j] <= a_index[i])
+                if take_b:
+                    ahead, to, source = b_index[min(j + AHEAD, j_end - 1)], b_index[j], b_from + j * size
+                    i += 1 if i < i_end and a_index[i] == b_index[j] else 0
+                    j += 1
+                else:
+                    ahead, to, source = a_index[min(i + AHEAD, i_end - 1)], a_index[i], a_from + i * size
+                    i += 1
+                for byte in range(0, size, LINE):
+                    _prefetch(base + np.int64(ahead) * size + byte)
+                for byte in range(0, size, LINE):
+                    _copy_line(base + np.int64(to) * size + byte, source + byte)
         else:
             while i < i_end or j < j_end:
                 if j < j_end and (i >= i_end or b_index[j] <= a_index[i]):
@@ -96,12 +138,9 @@ def _merge(addresses, pieces, a_index, a_bits, b_index, b_bits, words, first, la
 
 def _touch(address, lines, first, last):
     """Read and write the given lines of 64 bytes, in order: the least that any switch does with them."""
-    out = _pointer(address, lines.astype(np.int64))
     for n in range(first, last):
         _prefetch(address + np.int64(lines[min(n + AHEAD, last - 1)]) * LINE)
-        place = np.int64(lines[n]) * 8
-        for word in range(8):
-            out[place + word] ^= 1
+        _flip_line(address + np.int64(lines[n]) * LINE)
 
 
 def _compiled(function: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from intarsia.bases import packing_of
@@ -56,8 +58,13 @@ class Weights:
         return any(_state(self[name]) != state for name, state in self._seen.items())
 
     def saw(self) -> None:
-        """Take what stands in the weights now for known."""
+        """Take the weights as they are now, and where they lie, for known."""
         self._seen = {name: _state(self[name]) for name in self._seen}
+
+    def wrote(self, names: Iterable[str]) -> None:
+        """Take what the deck itself has just written for known; one that was moved meanwhile is still found out."""
+        for name in names:
+            self._seen[name] = (self[name]._version, *self._seen[name][1:])
 
     def check_in_place(self) -> None:
         """Raise IntarsiaError where a layer has another weight than it had."""
@@ -71,4 +78,4 @@ class Weights:
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device
+    return weight._version, weight.data_ptr(), weight.dtype, weight.device

@@ -5,10 +5,11 @@ Both write the same bits; the tests hold them to it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -46,8 +47,8 @@ class Writer(ABC):
         """Of the indices of runs of W."""
 
     @abstractmethod
-    def prepare(self, passage: Passage) -> Prepared:
-        """All that can be done before the weights are touched."""
+    def prepare(self, passage: Passage, weights: Weights) -> Prepared:
+        """All that can be done before the weights are touched. It holds for as long as they stay where they are."""
 
     @abstractmethod
     def write(self, prepared: Prepared, weights: Weights) -> None:
@@ -71,7 +72,7 @@ class Torch(Writer):
     def index_dtype(self, W: Tensor, run: int) -> torch.dtype:
         return torch.int64  # index_copy_ takes no other
 
-    def prepare(self, passage: Passage) -> Prepared:
+    def prepare(self, passage: Passage, weights: Weights) -> Prepared:
         steps, made = [], 0
         for batch in passage.batches:
             for name, a, b in batch.pieces:
@@ -138,10 +139,10 @@ class Native(Writer):
     def index_dtype(self, W: Tensor, run: int) -> torch.dtype:
         return torch.int32 if W.device.type == "cpu" and W.numel() // run < 2**31 else torch.int64
 
-    def prepare(self, passage: Passage) -> Prepared:
+    def prepare(self, passage: Passage, weights: Weights) -> Prepared:
         import numpy as np
 
-        load, work, made = _load(passage), [], 0
+        load, calls, written, made = _load(passage), [], [], 0
         parts = crew.PARTS * crew.size() if load >= SMALL and crew.size() > 1 else 1
         for batch in passage.batches:
             names = tuple(dict.fromkeys(name for name, _, _ in batch.pieces))
@@ -154,31 +155,33 @@ class Native(Writer):
             pieces = np.array(rows, dtype=np.int64).reshape(-1, 5)
             loads = np.cumsum((pieces[:, 2] - pieces[:, 1]) + (pieces[:, 4] - pieces[:, 3]))
             cuts = [0, *(int(np.searchsorted(loads, loads[-1] * n / parts)) for n in range(1, parts)), len(pieces)]
-            lists = _lists(batch, math.gcd(8, batch.run * batch.b[1].element_size()))
-            work.append((names, pieces, batch, lists, tuple(cut for cut in pairwise(cuts) if cut[0] < cut[1])))
+            addresses = np.array([weights[name].data_ptr() for name in names], dtype=np.int64)
+            # Words as wide as a run and all addresses allow: a mapped file may begin anywhere.
+            word = math.gcd(8, batch.run * batch.b[1].element_size(), int(np.bitwise_or.reduce(addresses)))
+            lists = _lists(batch, word)
+            calls += [(addresses, pieces, *lists, *cut) for cut in pairwise(cuts) if cut[0] < cut[1]]
+            written += names
             made += pieces.nbytes
-        return Prepared(passage.copies, tuple(work), made, load)
+        return Prepared(passage.copies, (calls, tuple(written)), made, load)
 
     def write(self, prepared: Prepared, weights: Weights) -> None:
-        import numpy as np
+        calls, written = prepared.work
+        torch.autograd.graph.increment_version([weights[name] for name in written])  # or autograd would not notice
+        if len(calls) == 1:
+            return native_merge(*calls[0])
+        crew.together([partial(native_merge, *call) for call in calls], crew.size() if prepared.load >= SMALL else 1)
 
-        calls: list[Callable[[], None]] = []
-        for names, pieces, batch, lists, cuts in prepared.work:
-            here = [weights[name] for name in names]
-            addresses = np.array([W.data_ptr() for W in here], dtype=np.int64)
-            together = int(np.bitwise_or.reduce(addresses))
-            if together % lists[1].itemsize:  # a mapped file may begin anywhere
-                lists = _lists(batch, math.gcd(lists[1].itemsize, together))
-            calls += [partial(native_merge, addresses, pieces, *lists, first, last) for first, last in cuts]
-            torch.autograd.graph.increment_version(here)  # or autograd would not notice
-        crew.together(calls, crew.size() if prepared.load >= SMALL else 1)
+
+@functools.cache
+def _machine_code() -> Any:
+    from intarsia.deck import native
+
+    return native.merge
 
 
 def native_merge(*given: Any) -> None:
     """One call of the machine code."""
-    from intarsia.deck import native
-
-    native.merge(*given)
+    _machine_code()(*given)
 
 
 def _length(part: slice) -> int:
