@@ -645,8 +645,9 @@ def test_runs_of_whole_lines_of_the_cache(dtype, writer, first):
     """Overlapping supports of lines and rows of 64 bytes and more: from each to each as from the base."""
     dice = torch.Generator().manual_seed(0)
     W = torch.randn(40 * 96 + first, generator=dice).to(dtype)[first:].view(40, 96)
-    model = torch.nn.Sequential(torch.nn.Linear(96, 40, bias=False))
-    model[0].weight = torch.nn.Parameter(W)
+    layer = torch.nn.Linear(96, 40, bias=False)
+    layer.weight = torch.nn.Parameter(W)
+    model = torch.nn.Sequential(layer)
     base, deck, wanted = W.clone(), ia.Deck(model, writer=_writer(writer)), {}
     for name, unit, count in [("a", "line", 50), ("b", "line", 60), ("c", "row", 15), ("d", "row", 20)]:
         granularity = named_granularity(unit)
@@ -669,7 +670,8 @@ def test_a_weight_that_is_moved_while_it_is_written_is_found_where_it_went(write
     deck = _deck(torch.float32, writer=_writer(writer))
     deck.use("elements")
     deck.off()  # both ways are planned, with the addresses of now
-    weight, left = deck.model.up.weight, []
+    weight: Any = deck.model.get_parameter("up.weight")
+    left: list[torch.Tensor] = []
     step = "native_merge" if writer == "native" else "put_row"
     real = getattr(writer_module, step)
 
