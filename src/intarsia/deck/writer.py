@@ -142,7 +142,9 @@ class Native(Writer):
     def prepare(self, passage: Passage, weights: Weights) -> Prepared:
         import numpy as np
 
-        load, calls, written, made = _load(passage), [], [], 0
+        load, made = _load(passage), 0
+        calls: list[tuple[Any, ...]] = []
+        written: list[str] = []
         parts = crew.PARTS * crew.size() if load >= SMALL and crew.size() > 1 else 1
         for batch in passage.batches:
             names = tuple(dict.fromkeys(name for name, _, _ in batch.pieces))
