@@ -1,6 +1,7 @@
 """On one GPU: the same numbers as on a CPU, and QPaCA on the largest model that fits.
 
     python bench/gpu.py check           every granularity, live training, the deck, seeded supports: CUDA against CPU
+    python bench/gpu.py deck            switches by plans on the device and by plans in the host's memory, sent over beforehand or not
     python bench/gpu.py qpaca [70b]     a Llama of random weights in NF4, PaCA of rank 8 on every linear layer, one step
     python bench/gpu.py page            the tables of docs/benchmarks.md from bench/results/gpu; needs no GPU
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 import warnings
 from pathlib import Path
@@ -21,8 +23,9 @@ import torch
 from torch import nn
 
 import intarsia as ia
-from intarsia import bases
+from intarsia import bases, store
 from intarsia.bench.models import SIZES, Size, random_llama
+from intarsia.edits import Sparse
 from intarsia.support import GRANULARITIES, named_granularity, sample
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +102,48 @@ def _deck(name: str, adapter: ia.Adapter) -> None:
         )[pick]()
     deck.off()
     say("200 switches", granularity=name, base_is_back=ia.digest(net) == start)
+
+
+def switches() -> None:
+    """One weight of 4096 x 4096, 1 %: milliseconds of a switch from A to B, and what stands on the device for it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("element", "line", "row"):
+            for writer, room, ahead in (
+                ("torch", 0, False),
+                ("staged", 2**28, False),
+                ("staged", 0, False),
+                ("staged", 0, True),
+            ):
+                net = nn.Sequential(nn.Linear(4096, 4096, bias=False)).to("cuda", dtype).requires_grad_(False)
+                deck, start = ia.Deck(net, memory=2**40, writer=writer), ia.digest(net)
+                deck.add(**{n: _adapter(deck, kind, seed) for seed, n in enumerate("ab")})  # type: ignore[arg-type]
+                if writer == "staged":
+                    deck._writer.room = room  # type: ignore[attr-defined]
+                before, times = torch.cuda.memory_allocated(), []
+                for number in range(40):
+                    name = "ab"[number % 2]
+                    if ahead:
+                        deck.prefetch(name).result()
+                    torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    deck.use(name)
+                    torch.cuda.synchronize()
+                    times.append(time.perf_counter() - begin)
+                held = torch.cuda.memory_allocated() - before
+                deck.off()
+                say(
+                    "switch", dtype=str(dtype), granularity=kind, writer=writer, room=room, prefetched=ahead,
+                    ms=1e3 * statistics.median(times[10:]), device_bytes=held, base_is_back=ia.digest(net) == start,
+                )  # fmt: skip
+
+
+def _adapter(deck: ia.Deck, kind: str, seed: int) -> ia.Adapter:
+    unit, dice = named_granularity(kind), torch.Generator().manual_seed(seed)
+    shape = (4096, 4096)
+    index = torch.randperm(unit.units(shape), generator=dice)[: unit.units(shape) // 100].sort().values
+    values = 0.01 * torch.randn(unit.values_shape(shape, len(index)), generator=dice)
+    edit = Sparse(shape, unit, index, values)
+    return ia.Adapter(kind, {"0.weight": edit}, store.Base(deck.base_digest, ""), {"name": "shira"})
 
 
 # ------------------------------------------------------------------ a large base in NF4
@@ -220,7 +265,7 @@ def _number(ratio: float | None) -> str:
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("what", choices=["check", "qpaca", "page"])
+    arguments.add_argument("what", choices=["check", "deck", "qpaca", "page"])
     arguments.add_argument("model", nargs="?", default="70b", choices=sorted(LARGE))
     arguments.add_argument("--length", type=int, default=512)
     given = arguments.parse_args()
@@ -231,4 +276,7 @@ if __name__ == "__main__":
         raise SystemExit("there is no CUDA device here")
     warnings.simplefilter("ignore")
     say("machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-    check() if given.what == "check" else qpaca(given.model, given.length)
+    if given.what == "qpaca":
+        qpaca(given.model, given.length)
+    else:
+        check() if given.what == "check" else switches()

@@ -109,7 +109,9 @@ def _random_switch(deck: ia.Deck, chance: random.Random) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "writer"), [*zip(DTYPES, ["torch"] * 3, strict=True), (torch.bfloat16, "native")], ids=str
+    ("dtype", "writer"),
+    [*zip(DTYPES, ["torch"] * 3, strict=True), (torch.bfloat16, "native"), (torch.float32, "staged")],
+    ids=str,
 )
 def test_a_thousand_switches_with_failures_give_the_base_back(dtype, writer):
     """use, off and fuse at random over all kinds of edits; in every third call something raises in the middle, once or
@@ -571,7 +573,7 @@ def test_low_rank_edits_of_any_dtype_fit(tmp_path):
 
 
 # ------------------------------------------------------------------ what is kept, planned and noticed
-WRITERS = ["torch", "native"]
+WRITERS = ["torch", "native", "staged"]
 
 
 def _writer(name: str) -> str:
@@ -689,16 +691,57 @@ def test_a_weight_that_is_moved_while_it_is_written_is_found_where_it_went(write
     assert _bits(deck.model) == deck.base_digest
 
 
-def test_both_writers_write_the_same_bits():
+def test_all_writers_write_the_same_bits():
     pytest.importorskip("numba")
     decks = [_deck(torch.bfloat16, writer=writer) for writer in WRITERS]
     for deck in decks:
         deck.add(*_mixed(torch.bfloat16).values())
-    chance = [random.Random(7), random.Random(7)]
+    chance = [random.Random(7) for _ in decks]
+    for _ in range(200):
+        for deck, dice in zip(decks, chance, strict=True):
+            _random_switch(deck, dice)()
+        assert len({_bits(deck.model) for deck in decks}) == 1
+
+
+def test_what_was_sent_to_the_device_goes_when_there_is_no_room():
+    from intarsia.deck.staged import Staged
+
+    deck = _deck(torch.float32, "elements", "largest", "columns", writer="staged")
+    staged = deck._writer
+    assert isinstance(staged, Staged)
+    deck.prefetch("elements").result()
+    assert len(staged._sent) == 1
+    deck.use("elements")
+    assert len(staged._sent) == 1  # what was fetched was written
+    for name in ("columns", "largest"):
+        deck.use(name)
+    assert len(staged._sent) == 3
+    staged.room = 0
+    deck.use("elements")
+    assert len(staged._sent) == 1
+    deck.off()
+    assert deck.verify() == deck.base_digest
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("writer", ["torch", "staged"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu_the_same_bits_as_on_the_cpu(dtype, writer):
+    decks = [_deck(dtype, writer="torch"), ia.Deck(small_net(dtype).cuda(), writer=writer)]
+    decks[1].add(*_adapters(dtype).values())
+    for deck in decks:
+        deck.add(*_mixed(dtype).values())
+    plan = None
+    chance = [random.Random(7) for _ in decks]
     for _ in range(200):
         for deck, dice in zip(decks, chance, strict=True):
             _random_switch(deck, dice)()
         assert _bits(decks[0].model) == _bits(decks[1].model)
+        plan = decks[1]._inside.plan
+        if writer == "staged" and plan.where:
+            assert plan.where[0].base.is_pinned()
+    decks[1].off()
+    assert decks[1].verify() == decks[1].base_digest
 
 
 @pytest.mark.parametrize("writer", WRITERS)

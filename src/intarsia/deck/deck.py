@@ -56,7 +56,8 @@ class Deck:
     Args:
         memory: bytes for plans and for adapters read from files, those last used; by default half of the model's, 64 MiB
             at least. What taking out needs is kept in any case.
-        writer: ``native`` (machine code, with ``intarsia[fast]``), ``torch``, or ``auto``: the first where it can be.
+        writer: ``native`` (machine code, with ``intarsia[fast]``), ``staged`` (plans in the host's memory, for GPUs), ``torch``,
+            or ``auto``: the first two where they can be.
     """
 
     def __init__(self, model: nn.Module, memory: int | None = None, writer: str = "auto"):
@@ -163,7 +164,8 @@ class Deck:
             self._check_free()
             self._mend()
             self._look()
-            self._plan(shares)
+            plan = self._plan(shares)
+            self._writer.fetch(self._passage(self._inside.plan, plan))
 
     # ------------------------------------------------------------------ switching
     def use(self, name: str, strength: float = 1.0) -> None:
@@ -281,7 +283,7 @@ class Deck:
             self._inside = fresh
             return
         prepared = self._passage(old.plan, new)
-        whole = {name: place(name, w.base, w.terms).bits for name, w in new.whole.items()}
+        whole = {name: place(name, w.base.to(matrix(name).device), w.terms).bits for name, w in new.whole.items()}
         before = {name: matrix(name).clone() for name in old.plan.whole}
         self._inside = _Inside(old.plan, old.given, old.strength, torn=(new, old.plan))
         touched = {*old.plan.weights, *new.weights}
@@ -326,7 +328,7 @@ class Deck:
             "auto" if self._wanted_writer == "native" else self._wanted_writer, self._weights.adaptable
         )
         inside = self._inside
-        moved = inside.plan.moved(self._weights.matrix, self._writer.index_dtype)
+        moved = inside.plan.moved(self._weights.matrix, self._writer.index_dtype, self._writer.keep)
         self._inside = _Inside(moved, inside.given, inside.strength) if inside.plan.shares else BASE
         self._weights.saw()
 
@@ -344,7 +346,7 @@ class Deck:
                 edits = self._adapters[name].edits
                 for target in edits:
                     terms.setdefault(target, []).append((weight, edits[target]))
-            plan = plans.made(shares, terms, self._base_of(), self._writer.index_dtype)
+            plan = plans.made(shares, terms, self._base_of(), self._writer.index_dtype, self._writer.keep)
             names = frozenset(name for name, _ in shares)
             for name in names:
                 self._keep_numbers(name)
@@ -375,7 +377,7 @@ class Deck:
 
         def base(name: str) -> Tensor:
             if name in plan.whole:
-                return plan.whole[name].base
+                return plan.whole[name].base.to(matrix(name).device)
             W = matrix(name)
             copy = W.clone()
             if name in parts:

@@ -14,6 +14,7 @@ from torch import Tensor
 from intarsia.edits import Runs, check_finite, gathered, put, summed
 from intarsia.edits.placement import Terms
 
+Keep = Callable[[Tensor], Tensor]  # the same numbers where a writer wants them
 IndexDtype = Callable[[Tensor, int], torch.dtype]
 Shares = tuple[tuple[str, float], ...]  # (adapter, weight) of what is set in
 
@@ -63,15 +64,20 @@ class Plan:
         """Bytes of all of it."""
         return self.kept_bytes + sum(size_of(where.index) for where in self.where) + sum(map(size_of, self.bits))
 
-    def moved(self, like: Callable[[str], Tensor], index_dtype: IndexDtype) -> Plan:
+    def moved(self, like: Callable[[str], Tensor], index_dtype: IndexDtype, keep: Keep) -> Plan:
         """The same plan for weights of another device or dtype: a copy of bits in another dtype is what the weights' own are."""
         where, bits = [], []
         for old, own in zip(self.where, self.bits, strict=True):
             to = like(old.weights[0])
             index, base = old.index.to(to.device, index_dtype(to, old.run)), old.base.to(to.device, to.dtype)
-            where.append(Where(old.run, old.weights, old.starts, index, base))
-            bits.append(own.to(to.device, to.dtype))
-        whole = {n: Whole(w.base.to(like(n).device, like(n).dtype), w.terms) for n, w in self.whole.items()}
+            where.append(Where(old.run, old.weights, old.starts, keep(index), keep(base)))
+            bits.append(keep(own.to(to.device, to.dtype)))
+        whole = {
+            n: Whole(
+                keep(w.base.to(like(n).device, like(n).dtype)), [(c, edit.to(like(n).device)) for c, edit in w.terms]
+            )
+            for n, w in self.whole.items()
+        }
         return Plan(self.shares, tuple(where), tuple(bits), whole)
 
 
@@ -84,11 +90,12 @@ def made(
     terms: Mapping[str, Terms],
     base_of: Callable[[str], Tensor],
     index_dtype: IndexDtype,
+    keep: Keep,
 ) -> Plan:
     """The plan of setting in ``terms``, the weighted edits of each weight. Writes nothing.
 
     ``base_of(weight)`` is the base's matrix (O, I), free of what is set in now. ``index_dtype(weight, run)``: what the
-    writer wants.
+    writer wants; ``keep``: where it wants the numbers.
 
     Raises:
         IntarsiaError: where a result is not finite in the weight's dtype.
@@ -100,7 +107,7 @@ def made(
         here = [(weight, edit.to(W.device)) for weight, edit in parts]
         change = summed(W, here, torch.promote_types(W.dtype, torch.float32))
         if change is None:
-            whole[name] = Whole(W, here)
+            whole[name] = Whole(keep(W), here)
             continue
         base, bits = _rounded(name, W, change)
         index = change.index.to(index_dtype(W, change.run))
@@ -111,8 +118,8 @@ def made(
         starts = [0]
         for index in indices:
             starts.append(starts[-1] + len(index))
-        where.append(Where(run, names, tuple(starts), torch.cat(indices), torch.cat(bases)))
-        own.append(torch.cat(all_bits))
+        where.append(Where(run, names, tuple(starts), keep(torch.cat(indices)), keep(torch.cat(bases))))
+        own.append(keep(torch.cat(all_bits)))
     return Plan(shares, tuple(where), tuple(own), whole)
 
 
@@ -244,10 +251,13 @@ def renew(plan: Plan, matrix: Callable[[str], Tensor], whole: Mapping[str, Tenso
 def put_part(W: Tensor, where: Where, number: int) -> None:
     """The base's bits of one weight into W."""
     part = where.part(number)
-    put(W, where.run, where.index[part].long(), where.base[part])
+    _put(W, where, part, where.base)
 
 
 def _each(where: Where, bits: Tensor, matrix: Callable[[str], Tensor]) -> None:
     for number, name in enumerate(where.weights):
-        part = where.part(number)
-        put(matrix(name), where.run, where.index[part].long(), bits[part])
+        _put(matrix(name), where, where.part(number), bits)
+
+
+def _put(W: Tensor, where: Where, part: slice, bits: Tensor) -> None:
+    put(W, where.run, where.index[part].to(W.device, torch.int64), bits[part].to(W.device))

@@ -34,7 +34,7 @@ class Status:
         memory, plan_bytes: the budget for plans and adapters that were read, and what of it is used.
         planned: what can be set in without planning.
         dropped: what went because of the budget, the last ones.
-        writer: ``native`` (machine code) or ``torch``.
+        writer: ``native`` (machine code), ``staged`` (plans in the host's memory) or ``torch``.
     """
 
     active: Mapping[str, float]

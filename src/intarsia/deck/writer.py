@@ -46,6 +46,10 @@ class Writer(ABC):
     def index_dtype(self, W: Tensor, run: int) -> torch.dtype:
         """Of the indices of runs of W."""
 
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Where the numbers of a plan lie: beside the weights, unless a writer says otherwise."""
+        return tensor
+
     @abstractmethod
     def prepare(self, passage: Passage, weights: Weights) -> Prepared:
         """All that can be done before the weights are touched. It holds for as long as they stay where they are."""
@@ -53,6 +57,9 @@ class Writer(ABC):
     @abstractmethod
     def write(self, prepared: Prepared, weights: Weights) -> None:
         """Write the batches, in place."""
+
+    def fetch(self, prepared: Prepared) -> None:  # noqa: B027  # most have it at hand
+        """Have what a passage needs on its way to where it will be written. For those that keep it elsewhere."""
 
 
 def _load(passage: Passage) -> int:
@@ -89,7 +96,7 @@ class Torch(Writer):
         several = prepared.load >= SMALL and weights[steps[0][0]].device.type == "cpu"
         count = crew.size() if several and _mean_run(steps) < FEW else 1
         parts = _shared_out(steps, crew.PARTS * count if count > 1 else 1)
-        crew.together([partial(_put_all, part, weights) for part in parts], count)
+        crew.together([partial(put_all, part, weights) for part in parts], count)
 
 
 FEW = 16  # entries in a run: from there on torch's threads gain nothing
@@ -100,7 +107,8 @@ def _mean_run(steps: Sequence[tuple[str, int, Tensor, Tensor]]) -> float:
     return sum(len(index) * run for _, run, index, _ in steps) / max(1, runs)
 
 
-def _put_all(steps: Sequence[tuple[str, int, Tensor, Tensor]], weights: Weights) -> None:
+def put_all(steps: Sequence[tuple[str, int, Tensor, Tensor]], weights: Weights) -> None:
+    """Write steps of (weight, length of its runs, index, bits), one after another."""
     with torch.no_grad():
         for name, run, index, bits in steps:
             put_row(weights.memory(name), run, index, bits)
@@ -222,21 +230,26 @@ def _words(bits: Tensor, word: int) -> Any:
     return plain.numpy().view(np.dtype(f"u{word}"))
 
 
-WRITERS: dict[str, type[Writer]] = {writer.name: writer for writer in (Torch, Native)}
-
-
 def chosen(name: str, weights: Sequence[Tensor]) -> Writer:
-    """The writer of that name; ``auto``: machine code where numba is installed and all weights lie plainly on the CPU.
+    """The writer of that name; ``auto``: machine code where numba is installed and all weights lie plainly on the CPU, and
+
+    plans in the host's memory for weights on a GPU.
 
     Raises:
         IntarsiaError: for an unknown name, or ``native`` where it cannot be.
     """
-    if name not in (*WRITERS, "auto"):
-        raise IntarsiaError(f"no writer {name!r}; {nearest(name, [*WRITERS, 'auto'])}")
+    from intarsia.deck.staged import Staged  # itself a writer
+
+    known: dict[str, type[Writer]] = {writer.name: writer for writer in (Torch, Native, Staged)}
+    if name not in (*known, "auto"):
+        raise IntarsiaError(f"no writer {name!r}; {nearest(name, [*known, 'auto'])}")
     installed = importlib.util.find_spec("numba") is not None
     plain = all(W.device.type == "cpu" and memory(W) is not None for W in weights)
     if name == "native" and not installed:
         raise IntarsiaError("the native writer needs numba, which is not installed: pip install 'intarsia[fast]'")
     if name == "native" and not plain:
         raise IntarsiaError("the native writer writes weights that lie plainly on the CPU; take writer='torch'")
-    return Native() if name == "native" or (name == "auto" and installed and plain) else Torch()
+    if name == "auto":
+        on_gpu = any(W.device.type == "cuda" for W in weights)
+        name = "staged" if on_gpu else "native" if installed and plain else "torch"
+    return known[name]()
