@@ -68,6 +68,7 @@ class Elementwise(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(0 <= self.density <= 1, "density", "from 0 to 1")
         self.require(self.elect in ELECTIONS, "elect", f"one of {', '.join(ELECTIONS)}")
         self.require(self.rank is None or self.rank >= 1, "rank", "1 or more")
 

@@ -102,6 +102,8 @@ def settle(adapters: Mapping[str, Adapter], wanted: Wanted) -> Plan:
         shared = _set(here, wanted.shared, True, weight, layers)
         own = {name: _set(shared, wanted.own.get(name, {}), True, weight, layers) for name in adapters}
         found = here.weights(list(own.values()), list(adapters.values()))
+        if found is not None and any(WEIGHT in source for source in (wanted.shared, *wanted.own.values())):
+            raise IntarsiaError(f"{here.name} finds the weights of the adapters itself; leave {WEIGHT} out")
         weights = found or [_weight(wanted, name, weight, layers) for name in adapters]
         shares[weight] = {n: Share(w, rule) for w, (n, rule) in zip(weights, own.items(), strict=True)}
     made = Plan(adapters, wanted, rules, shares)

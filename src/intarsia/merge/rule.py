@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from intarsia import registry
@@ -141,7 +142,7 @@ def taken(rule: Rule, adapter: str, name: str, edit: Edit, W: Tensor | None) -> 
     if rule.takes.intersection(found):
         return edit
     if edit.needs_weight and W is not None and KINDS[2] in rule.takes:
-        return Dense(edit.shape, edit.delta(W.detach().to(edit.tensors()["magnitude"].dtype)))
+        return Dense(edit.shape, edit.delta(W.detach().to(torch.promote_types(W.dtype, torch.float32))))
     if edit.needs_weight and KINDS[2] in rule.takes:
         raise IntarsiaError(
             f"{adapter}: {name}: what a {edit.kind} edit changes depends on the base's weight, which {rule.name} needs to "
@@ -189,8 +190,8 @@ def register(cls: R) -> R:
 
 
 def known_rules() -> dict[str, type[Rule]]:
-    """Every rule by name, in the order in which the documentation tells of them."""
-    return dict(_RULES)
+    """Every rule by name, in alphabetical order."""
+    return dict(sorted(_RULES.items()))
 
 
 def fields_of(rule: type[Rule]) -> dict[str, dataclasses.Field[Any]]:
@@ -245,5 +246,5 @@ def systems() -> list[System]:
             fields=tuple(fields_of(rule).items()),
             facts={"rule": rule.name, "takes": [kind for kind in KINDS if kind in rule.takes]},
         )
-        for rule in _RULES.values()
+        for rule in known_rules().values()
     ]

@@ -29,9 +29,5 @@ class Ties(Elementwise):
     name, title, paper = "ties", "TIES", "arXiv:2306.01708"
     formula = "lambda sum [sign = s] w_i trim_i / sum [sign = s] w_i"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(0 <= self.density <= 1, "density", "from 0 to 1")
-
     def thin(self, own: Tensor, rows: Tensor, positions: Tensor, key: int) -> Tensor:
         return largest(own, self.density)
