@@ -30,7 +30,7 @@ Inputs = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Part:
+class Summand:
     """One adapter of a merge, times its share in it. ``norm_share``: of the squared norms of all of them, 0..1."""
 
     name: str
@@ -48,7 +48,7 @@ class Part:
 class Interference:
     """Adapters on one base before they are merged. ``pairs``: every two of them on every weight that one of them changes."""
 
-    parts: tuple[Part, ...]
+    summands: tuple[Summand, ...]
     pairs: tuple[Pair, ...]
 
     @property
@@ -72,10 +72,18 @@ class Interference:
         return _grouped(self.pairs, key)
 
     def worst(self, count: int = 5) -> list[Pair]:
-        """The weights and pairs with the largest predicted interference; without products, with the most sign conflicts."""
+        """The weights that add most to the predicted interference of a pair, relative to what an adapter does in all;
+
+        without products, those where most of the norm has opposite signs.
+        """
+        totals = {(pair.first, pair.second): pair.products for pair in self.totals}
 
         def size(pair: Pair) -> float:
-            return pair.conflict_norm if pair.worst is None else pair.worst
+            whole = totals[pair.first, pair.second]
+            if pair.products is None or whole is None:
+                return pair.conflict_norm
+            added = zip(pair.products.foreign, whole.own, strict=True)
+            return max(foreign / own if own else 0.0 for foreign, own in added)
 
         return sorted((pair for pair in self.pairs if pair.weights), key=size, reverse=True)[:count]
 
@@ -86,7 +94,7 @@ class Interference:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "adapters": [part.to_dict() for part in self.parts],
+            "adapters": [part.to_dict() for part in self.summands],
             "pairs": [pair.to_dict() for pair in self.totals],
             "layers": [pair.to_dict() for pair in self.layers],
             "modules": [pair.to_dict() for pair in self.modules],
@@ -96,7 +104,7 @@ class Interference:
     def tables(self, worst: int = 5) -> list[Table]:
         """For the terminal: the adapters, the pairs, the worst weights."""
         parts = _table("adapter", "weights", "entries", "norm", "share of norm")
-        for part in self.parts:
+        for part in self.summands:
             norm_share = f"{part.norm_share:.1%}"
             parts.add_row(part.name, str(part.weights), f"{part.touched:,}", f"{part.norm:.4g}", norm_share)
         rows = [parts, _pairs("pair", self.totals)]
@@ -144,7 +152,7 @@ def interference(
             progress(done, len(every), "comparing the adapters")
     total = sum(squares.values())
     parts = tuple(
-        Part(
+        Summand(
             name,
             len(adapter.edits),
             touched[name],
@@ -217,9 +225,13 @@ def _check(named: Mapping[str, Adapter], weights: Mapping[str, Tensor] | None, i
             if not edit.needs_weight:
                 continue
             if weights is None or weight not in weights:
-                faults.append(f"{name}: {weight}: what a {edit.kind} edit changes depends on the base's weight; give it")
+                faults.append(
+                    f"{name}: {weight}: what a {edit.kind} edit changes depends on the base's weight; give it"
+                )
             elif tuple(weights[weight].shape) != tuple(edit.shape):
-                faults.append(f"{name}: {weight}: edits {tuple(edit.shape)}; the weight is {tuple(weights[weight].shape)}")
+                faults.append(
+                    f"{name}: {weight}: edits {tuple(edit.shape)}; the weight is {tuple(weights[weight].shape)}"
+                )
     for name, norms in (inputs or {}).items():
         if name not in named:
             faults.append(f"inputs are given for {name!r}, which is none of {', '.join(named)}")
@@ -259,7 +271,12 @@ def _pairs(title: str, pairs: Sequence[Pair], named: bool = False) -> Table:
     for pair in pairs:
         where = f"{pair.where.removesuffix('.weight').removeprefix('model.')}  " if named else ""
         cells = [f"{where}{pair.first} -> {pair.second}", *([] if named else [str(pair.weights)])]
-        cells += [f"{pair.overlap:.1%}", f"{pair.conflict_share:.1%}", f"{pair.conflict_norm:.1%}", f"{pair.cosine:+.3f}"]
+        cells += [
+            f"{pair.overlap:.1%}",
+            f"{pair.conflict_share:.1%}",
+            f"{pair.conflict_norm:.1%}",
+            f"{pair.cosine:+.3f}",
+        ]
         if products:
             on_first, on_second = pair.interference
             cells += [_number(pair.awom), _percent(pair.awor), _percent(on_second), _percent(on_first)]

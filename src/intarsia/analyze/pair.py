@@ -264,7 +264,12 @@ def _signs(one: Reduced, other: Reduced) -> tuple[int, int, Two, Two]:
 
 def _compare(mine: Tensor, its: Tensor) -> tuple[int, int, Two, Two]:
     against = (mine < 0) & (its > 0) | (mine > 0) & (its < 0)  # not by the product, which may underflow to 0
-    return mine.numel(), int(against.count_nonzero()), (_square(mine), _square(its)), (_square(mine, against), _square(its, against))
+    return (
+        mine.numel(),
+        int(against.count_nonzero()),
+        (_square(mine), _square(its)),
+        (_square(mine, against), _square(its, against)),
+    )
 
 
 def _square(numbers: Tensor, where: Tensor | None = None) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from intarsia.analyze.reduced import Reduced, reduced, rows_of
 from intarsia.analyze.spectrum import singular_values
-from intarsia.edits import Dense, Edit, LowRank, Sparse
+from intarsia.edits import Edit, LowRank, Sparse
 from intarsia.errors import IntarsiaError
 
 THRESHOLD = 0.3  # of the largest singular value: what lies below it does not count as a direction of the change
@@ -46,9 +46,7 @@ def awor(one: Edit, other: Edit, weight: Tensor | None = None) -> float:
     return 1 - product(first, second).nonzero / first.shape[1] ** 2
 
 
-def subspace_alignment(
-    one: Edit, other: Edit, weight: Tensor | None = None, *, threshold: float = THRESHOLD
-) -> float:
+def subspace_alignment(one: Edit, other: Edit, weight: Tensor | None = None, *, threshold: float = THRESHOLD) -> float:
     """R = sum_ij s_i t_j (u_i . u'_j)(v_i . v'_j) / (||D1|| ||D2||), over singular values of at least ``threshold`` s_1 and t_1.
 
     With threshold 0 it is the cosine of the changes, <D1, D2> / (||D1|| ||D2||); with a higher one, the part of the cosine

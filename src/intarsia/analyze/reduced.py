@@ -5,11 +5,13 @@ O out_features, I in_features, r rank, k entries.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from intarsia.analyze.spectrum import change_of
-from intarsia.edits import Dense, Edit, LowRank, Sparse, add, elements, scale
+from intarsia.edits import Dense, Edit, LowRank, Sparse, add, elements, scale, to_dense
 from intarsia.edits import Sum as SumEdit
 from intarsia.errors import IntarsiaError
 from intarsia.support import Element
@@ -52,7 +54,10 @@ def _reduced(edit: Edit, weight: Tensor | None) -> Reduced:
     # Beyond half the width two factors are no less work than the matrix.
     if isinstance(edit, LowRank) and 2 * edit.A.shape[0] <= min(edit.shape):
         return LowRank(edit.shape, _wide(edit.B), _wide(edit.A), edit.scale)
-    return Dense(edit.shape, change_of(edit, weight))
+    if edit.needs_weight:
+        return Dense(edit.shape, change_of(edit, weight))
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in edit.tensors().values()), torch.float32)
+    return Dense(edit.shape, to_dense(edit, dtype=widest))
 
 
 def _elements(edit: Sparse) -> Sparse:
