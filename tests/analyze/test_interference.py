@@ -20,7 +20,7 @@ from intarsia.analyze import awom, awor, input_norms, interference, interference
 from intarsia.analyze import reduced as reductions
 from intarsia.analyze.interference import Interference
 from intarsia.analyze.pair import Pair
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements, to_dense
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Base
 from intarsia.support import named_granularity
@@ -311,7 +311,19 @@ def test_weights_add_up_to_layers_modules_and_the_whole():
     assert whole.interference[0] == pytest.approx(math.sqrt(foreign / own)), (
         "a weight that the other leaves alone counts too"
     )
-    assert sum(s.norm_share for s in found.summands) == pytest.approx(1)
+    squares = [s.norm**2 for s in found.summands]
+    assert [s.norm_share for s in found.summands] == pytest.approx([square / sum(squares) for square in squares])
+
+
+def test_of_several_weights_the_spectral_norm_is_the_largest_and_alignments_add_up():
+    g = torch.Generator().manual_seed(0)
+    edits: list[dict[str, Edit]] = [{f"layers.{i}.up.weight": KINDS["dense"](g) for i in range(3)} for _ in range(2)]
+    found = interference([adapter("one", edits[0]), adapter("two", edits[1])], spectral=True)
+    block = [torch.block_diag(*(to_dense(edit, dtype=torch.float64) for edit in one.values())) for one in edits]
+    assert found.totals[0].leading is not None
+    assert found.totals[0].leading.awom == pytest.approx(float(torch.linalg.matrix_norm(block[0].T @ block[1], 2)))
+    parts = sum(pair.alignment * pair.norms[0] * pair.norms[1] for pair in found.pairs if pair.alignment is not None)
+    assert found.totals[0].alignment == pytest.approx(parts / float(block[0].norm() * block[1].norm()))
 
 
 def test_adapters_with_no_weight_in_common_are_said_to_be_apart():
