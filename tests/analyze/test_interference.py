@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from rich.console import Console
 from torch import Tensor, nn
 
-from intarsia.analyze import awom, awor, input_norms, interference, interference_picture, product, subspace_alignment
+from intarsia.analyze import awom, awor, input_norms, interference, interference_picture, product
 from intarsia.analyze import reduced as reductions
 from intarsia.analyze.interference import Interference
 from intarsia.analyze.pair import Pair
@@ -69,6 +69,13 @@ def test_a_pair_of_two_by_three():
         pytest.approx(math.sqrt(104) / math.sqrt(25 + 81)),
         pytest.approx(math.sqrt(104) / math.sqrt(289 + 25 + 25 + 625)),
     )
+
+
+def test_an_entry_at_zero_is_of_neither_sign():
+    one = elements((1, 3), torch.arange(3), torch.tensor([0.0, -1e-30, 2.0]))
+    other = elements((1, 3), torch.arange(3), torch.tensor([5.0, 1e-30, 2.0]))
+    pair = compare(one, other)
+    assert (pair.shared, pair.conflicts) == (3, 1), "the second one's product is no number of float32"
 
 
 def test_two_struct_adapters_on_disjoint_rows_are_as_orthogonal_as_the_paper_says():
@@ -124,16 +131,15 @@ def test_where_the_inputs_are_known_the_interference_is_that_of_their_norms():
     )
 
 
-def test_alignment_over_all_directions_is_the_cosine_and_leading_ones_are_told_apart():
-    one, other = torch.randn(O, I, dtype=torch.float64), torch.randn(O, I, dtype=torch.float64)
-    cosine = float((one * other).sum() / (one.norm() * other.norm()))
-    assert subspace_alignment(Dense((O, I), one), Dense((O, I), other), threshold=0) == pytest.approx(cosine)
+def test_the_alignment_is_the_cosine_of_the_leading_directions_alone(monkeypatch: pytest.MonkeyPatch):
     # Both have a large direction in common, and small ones that cancel each other.
     u, v = torch.eye(O, dtype=torch.float64), torch.eye(I, dtype=torch.float64)
     large, small = 10 * torch.outer(u[0], v[0]), torch.outer(u[1], v[1])
-    first, second = Dense((O, I), large + small), Dense((O, I), large - small)
-    assert subspace_alignment(first, second, threshold=0) == pytest.approx(99 / 101)
-    assert subspace_alignment(first, second, threshold=0.3) == pytest.approx(100 / 101)
+    pair = compare(Dense((O, I), large + small), Dense((O, I), large - small), spectral=True)
+    assert (pair.cosine, pair.alignment) == (pytest.approx(99 / 101), pytest.approx(1))
+    monkeypatch.setattr(product, "THRESHOLD", 0)
+    pair = compare(Dense((O, I), large + small), Dense((O, I), large - small), spectral=True)
+    assert pair.alignment == pytest.approx(99 / 101), "over all directions it is the cosine"
 
 
 # ------------------------------------------------------------------ against the dense matrices, over the kinds
@@ -227,12 +233,9 @@ def _positions(edit: Edit) -> Tensor | None:
 def _aligned(D1: Tensor, D2: Tensor) -> float:
     """The paper's sum, written as it stands there."""
     (U, s, Vt), (X, t, Yt) = torch.linalg.svd(D1), torch.linalg.svd(D2)
-    total = 0.0
-    for i in range(min(O, I)):
-        for j in range(min(O, I)):
-            if s[i] >= 0.3 * s[0] and t[j] >= 0.3 * t[0]:
-                total += float(s[i] * t[j] * (U[:, i] @ X[:, j]) * (Vt[i] @ Yt[j]))
-    return total / float(D1.norm() * D2.norm())
+    kept = [(i, j) for i in range(O) for j in range(O) if s[i] > 0.3 * s[0] and t[j] > 0.3 * t[0]]
+    total = sum(float(s[i] * t[j] * (U[:, i] @ X[:, j]) * (Vt[i] @ Yt[j])) for i, j in kept)
+    return total / float(s[s > 0.3 * s[0]].norm() * t[t > 0.3 * t[0]].norm())
 
 
 @pytest.mark.parametrize("one", PLAIN)
@@ -322,8 +325,11 @@ def test_of_several_weights_the_spectral_norm_is_the_largest_and_alignments_add_
     block = [torch.block_diag(*(to_dense(edit, dtype=torch.float64) for edit in one.values())) for one in edits]
     assert found.totals[0].leading is not None
     assert found.totals[0].leading.awom == pytest.approx(float(torch.linalg.matrix_norm(block[0].T @ block[1], 2)))
-    parts = sum(pair.alignment * pair.norms[0] * pair.norms[1] for pair in found.pairs if pair.alignment is not None)
-    assert found.totals[0].alignment == pytest.approx(parts / float(block[0].norm() * block[1].norm()))
+    rows = [pair.leading for pair in found.pairs if pair.leading is not None]
+    lengths = [sum(row.squares[i] for row in rows) for i in (0, 1)]
+    assert found.totals[0].alignment == pytest.approx(
+        sum(row.inner for row in rows) / math.sqrt(lengths[0] * lengths[1])
+    )
 
 
 def test_adapters_with_no_weight_in_common_are_said_to_be_apart():

@@ -48,10 +48,16 @@ class Products:
 
 @dataclass(frozen=True)
 class Leading:
-    """What the singular vectors say: the largest ||D1^T D2||_2 of the weights, and the part of <D1, D2> of the leading ones."""
+    """What the singular vectors say.
+
+    Attributes:
+        awom: ||D1^T D2||_2, the largest of the weights.
+        inner: <D1, D2> of the leading directions alone; ``squares``: ||D||_F^2 of these, of each.
+    """
 
     awom: float = 0.0
     inner: float = 0.0
+    squares: Two = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,10 @@ class Pair:
 
     @property
     def alignment(self) -> float | None:
-        """R(D1, D2), the part of the cosine that the leading directions make; None where it was not asked for."""
-        return None if self.leading is None else _share(self.leading.inner, self.norms[0] * self.norms[1])
+        """R, the cosine of the leading directions alone; None where it was not asked for."""
+        if self.leading is None:
+            return None
+        return _share(self.leading.inner, (self.leading.squares[0] * self.leading.squares[1]) ** 0.5)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -203,7 +211,13 @@ def together(pairs: Iterable[Pair], where: str) -> Pair:
         )
         if products
         else None,
-        leading=Leading(max(one.awom for one in leading), sum(one.inner for one in leading)) if leading else None,
+        leading=Leading(
+            max(one.awom for one in leading),
+            sum(one.inner for one in leading),
+            _sums(one.squares for one in leading),
+        )
+        if leading
+        else None,
     )
 
 
@@ -304,4 +318,7 @@ def _effect(change: Reduced, of: Reduced, inputs: Tensor | None) -> float:
 
 def leading_of(one: Directions | None, other: Directions | None) -> Leading:
     """What two changes of one weight have in common by their singular vectors."""
-    return Leading() if one is None or other is None else Leading(spectral_norm(one, other), aligned(one, other))
+    if one is None or other is None:
+        return Leading()
+    inner, *squares = aligned(one, other)
+    return Leading(spectral_norm(one, other), inner, (squares[0], squares[1]))

@@ -46,17 +46,6 @@ def awor(one: Edit, other: Edit, weight: Tensor | None = None) -> float:
     return 1 - product(first, second).nonzero / first.shape[1] ** 2
 
 
-def subspace_alignment(one: Edit, other: Edit, weight: Tensor | None = None, *, threshold: float = THRESHOLD) -> float:
-    """R = sum_ij s_i t_j (u_i . u'_j)(v_i . v'_j) / (||D1|| ||D2||), over singular values of at least ``threshold`` s_1 and t_1.
-
-    With threshold 0 it is the cosine of the changes, <D1, D2> / (||D1|| ||D2||); with a higher one, the part of the cosine
-    that their leading directions make. Ito et al. 2024, arXiv:2402.04051; the threshold's value is ours.
-    """
-    first, second = (directions(change) for change in _alike(one, other, weight))
-    lengths = float(first.s.norm() * second.s.norm())
-    return aligned(first, second, threshold) / lengths if lengths else 0.0
-
-
 def _alike(one: Edit, other: Edit, weight: Tensor | None) -> tuple[Reduced, Reduced]:
     if tuple(one.shape) != tuple(other.shape):
         raise IntarsiaError(f"edits of {tuple(one.shape)} and {tuple(other.shape)} are not of one weight")
@@ -248,9 +237,17 @@ def spectral_norm(one: Directions, other: Directions) -> float:
     return float(singular_values(inside)[:1].sum())
 
 
-def aligned(one: Directions, other: Directions, threshold: float = THRESHOLD) -> float:
-    """The numerator of :func:`subspace_alignment`: the part of <D1, D2> that the leading directions make."""
-    first, second = ((d.s >= threshold * d.s[:1]).sum() for d in (one, other))
-    U = one.U[:, :first].mT @ other.U[:, :second].to(one.U.dtype)
-    V = one.V[:, :first].mT @ other.V[:, :second].to(one.V.dtype)
-    return float((one.s[:first, None] * U * V * other.s[:second].to(one.s.dtype)).double().sum())
+def aligned(one: Directions, other: Directions) -> tuple[float, float, float]:
+    """Over singular values above THRESHOLD times the largest of their change: (the sum, and ||s||^2 of each), of which
+
+    R = sum_ij s_i t_j (u_i . u'_j)(v_i . v'_j) / (||s|| ||t||). Ito et al. 2024, arXiv:2402.04051, sec. 4; the threshold is ours.
+    """
+    first, second = (_leading(d) for d in (one, other))
+    U, V = first.U.mT @ second.U, first.V.mT @ second.V
+    total = (first.s[:, None] * U * V * second.s).sum()
+    return float(total), float(first.s.square().sum()), float(second.s.square().sum())
+
+
+def _leading(one: Directions) -> Directions:
+    kept = one.s > THRESHOLD * one.s[:1]
+    return Directions(one.U[:, kept].double(), one.s[kept].double(), one.V[:, kept].double())
