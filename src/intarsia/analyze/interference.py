@@ -101,6 +101,15 @@ class Interference:
             "weights": [pair.to_dict() for pair in self.pairs],
         }
 
+    def legend(self) -> str:
+        """What the columns of the tables mean."""
+        parts = ["overlap: of the smaller support", "opposite: of the shared entries, with opposite signs"]
+        if any(pair.products is not None for pair in self.pairs):
+            parts.append(
+                "->: predicted interference, what the first does to the second one's outputs / its own effect; <-: the other way"
+            )
+        return "; ".join(parts)
+
     def tables(self, worst: int = 5) -> list[Table]:
         """For the terminal: the adapters, the pairs, the worst weights."""
         parts = _table("adapter", "weights", "entries", "norm", "share of norm")
@@ -264,9 +273,9 @@ def _pairs(title: str, pairs: Sequence[Pair], named: bool = False) -> Table:
     """``named``: a row is one weight of a pair, and not all of them."""
     products = any(pair.products is not None for pair in pairs)
     spectral = any(pair.leading is not None for pair in pairs)
-    columns = ["overlap", "opposite signs", "of the norm", "cosine"]
-    columns += ["AWOM", "AWOR", "interference ->", "<-"] if products else []
-    columns += ["spectral AWOM", "alignment"] if spectral else []
+    columns = ["overlap", "opposite", "cosine"]
+    columns += ["AWOM", "AWOR", "->", "<-"] if products else []
+    columns += ["spectral", "aligned"] if spectral else []
     table = _table(title, *([] if named else ["weights"]), *columns)
     for pair in pairs:
         where = f"{pair.where.removesuffix('.weight').removeprefix('model.')}  " if named else ""
@@ -274,7 +283,6 @@ def _pairs(title: str, pairs: Sequence[Pair], named: bool = False) -> Table:
         cells += [
             f"{pair.overlap:.1%}",
             f"{pair.conflict_share:.1%}",
-            f"{pair.conflict_norm:.1%}",
             f"{pair.cosine:+.3f}",
         ]
         if products:

@@ -4,7 +4,7 @@ from intarsia.merge import rules  # registers them
 from intarsia.merge.making import made, merge, named, reweighted
 from intarsia.merge.plan import Plan, Share, Wanted, settle
 from intarsia.merge.recipe import Part, Recipe, load_recipe, make_recipe, schema
-from intarsia.merge.retained import FUSED, Retained, concept_loss, forgetting, measure, retained_share
+from intarsia.merge.retained import FUSED, Retained, check_names, concept_loss, forgetting, measure, retained_share
 from intarsia.merge.retained_picture import retained_picture
 from intarsia.merge.rule import (
     KINDS,
@@ -25,7 +25,7 @@ from intarsia.merge.rule import (
 
 __all__ = [
     "FUSED", "KINDS", "Merged", "Part", "Plan", "Recipe", "Retained", "Rule", "Share", "Term", "VARIANTS", "Wanted",
-    "Where", "build", "changed", "concept_loss", "each", "fields_of", "find", "forgetting", "known_rules",
+    "Where", "build", "changed", "check_names", "concept_loss", "each", "fields_of", "find", "forgetting", "known_rules",
     "load_recipe", "made", "make_recipe", "measure", "merge", "named", "register", "retained_picture",
     "retained_share", "reweighted", "rules", "schema", "settle", "systems",
 ]  # fmt: skip

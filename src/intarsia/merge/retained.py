@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -156,6 +156,23 @@ class Retained:
         return table
 
 
+def check_names(adapters: Iterable[str], skills: Iterable[str], tasks: Sequence[str]) -> None:
+    """Raise IntarsiaError for what :func:`measure` cannot take, before a model is there: the adapters, those of them with
+
+    a skill to measure, and the names of all tasks.
+    """
+    skills = list(skills)
+    if not skills:
+        raise IntarsiaError("no skill to measure; give the data of one adapter at least: {adapter: task}")
+    for name in skills:
+        if name not in adapters:
+            raise IntarsiaError(f"data is given for {name!r}, and no adapter has that name; {nearest(name, adapters)}")
+        if name in ("base", FUSED):
+            raise IntarsiaError(f"an adapter named {name!r} would be taken for the {name} model; give it another name")
+    if twice := sorted({name for name in tasks if tasks.count(name) > 1}):
+        raise IntarsiaError(f"several data sets are named {', '.join(twice)}; give them different names")
+
+
 def measure(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -179,18 +196,8 @@ def measure(
     """
     from intarsia.evaluate import BASE, matrix
 
-    if not skills:
-        raise IntarsiaError("no skill to measure; give the data of one adapter at least: {adapter: task}")
-    for name in skills:
-        if name not in adapters:
-            raise IntarsiaError(f"data is given for {name!r}, and no adapter has that name; {nearest(name, adapters)}")
-    for name in (BASE, FUSED):
-        if name in skills:
-            raise IntarsiaError(f"an adapter named {name!r} would be taken for the {name} model; give it another name")
     tasks = [*skills.values(), *others]
-    names = [task.name for task in tasks]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise IntarsiaError(f"several data sets are named {', '.join(twice)}; give them different names")
+    check_names(adapters, skills, [task.name for task in tasks])
     deck = Deck(model)
     deck.add(*(replace(adapters[name], name=name) for name in skills), replace(fused, name=FUSED))
     own = {name: task.name for name, task in skills.items()}
