@@ -21,7 +21,9 @@ def retained_picture(found: Retained, path: str | Path, title: str = "") -> Path
 
     path = Path(path)
     check_picture(path)
-    groups = [(task, adapter, _said(found.shares[adapter])) for adapter, task in found.skills.items()]
+    groups: list[tuple[str, str | None, str]] = [
+        (task, adapter, _said(found.shares[adapter])) for adapter, task in found.skills.items()
+    ]
     groups += [(task, None, f"forgotten {found.forgetting[FUSED][task]:+.3f}") for task in found.others]
     figure = Figure(figsize=(max(5.0, 1.8 * len(groups) + 1.5), 4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,4 +58,4 @@ def retained_picture(found: Retained, path: str | Path, title: str = "") -> Path
 
 
 def _said(share: float | None) -> str:
-    return "no gain alone" if share is None else f"{share:.0%} kept"
+    return "no gain alone" if share is None else f"{round(share, 2) + 0.0:.0%} kept"  # never -0
