@@ -18,6 +18,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
+from intarsia.analyze import pair_tables as tables
 from intarsia.analyze.change import Progress, layer_of, module_of
 from intarsia.analyze.pair import Pair, compared, leading_of, own_effect, products_of, together
 from intarsia.analyze.product import directions
@@ -101,25 +102,15 @@ class Interference:
             "weights": [pair.to_dict() for pair in self.pairs],
         }
 
-    def legend(self) -> str:
-        """What the columns of the tables mean."""
-        parts = ["overlap: of the smaller support", "opposite: of the shared entries, with opposite signs"]
-        if any(pair.products is not None for pair in self.pairs):
-            parts.append(
-                "->: predicted interference, what the first does to the second one's outputs / its own effect; <-: the other way"
-            )
-        return "; ".join(parts)
-
     def tables(self, worst: int = 5) -> list[Table]:
         """For the terminal: the adapters, the pairs, the worst weights."""
-        parts = _table("adapter", "weights", "entries", "norm", "share of norm")
-        for part in self.summands:
-            norm_share = f"{part.norm_share:.1%}"
-            parts.add_row(part.name, str(part.weights), f"{part.touched:,}", f"{part.norm:.4g}", norm_share)
-        rows = [parts, _pairs("pair", self.totals)]
-        if worst and len(self.pairs) > 1 and self.worst(worst):
-            rows.append(_pairs("the worst weights", self.worst(worst), named=True))
-        return rows
+        parts = tables.summands(self.summands)
+        most = self.worst(worst) if len(self.pairs) > 1 else []
+        return [parts, tables.pairs(self.totals), *([tables.weights(most)] if most else [])]
+
+    def legend(self) -> str:
+        """What the columns of the tables mean."""
+        return tables.legend(any(pair.products is not None for pair in self.pairs))
 
 
 def interference(
@@ -245,9 +236,9 @@ def _check(named: Mapping[str, Adapter], weights: Mapping[str, Tensor] | None, i
         if name not in named:
             faults.append(f"inputs are given for {name!r}, which is none of {', '.join(named)}")
         for weight, norm in norms.items() if name in named else ():
-            edit = named[name].outlines.get(weight)
-            if edit is not None and tuple(norm.shape) != (edit.shape[1],):
-                faults.append(f"{name}: {weight}: inputs are {tuple(norm.shape)}; expected {(edit.shape[1],)}")
+            known = named[name].outlines.get(weight)
+            if known is not None and tuple(norm.shape) != (known.shape[1],):
+                faults.append(f"{name}: {weight}: inputs are {tuple(norm.shape)}; expected {(known.shape[1],)}")
     if faults:
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise IntarsiaError("\n  ".join(["the adapters cannot be compared:", *faults[:5]]) + more)
@@ -258,49 +249,3 @@ def _grouped(pairs: Iterable[Pair], key: Callable[[str], object]) -> list[Pair]:
     for pair in pairs:
         groups.setdefault((key(pair.where), pair.first, pair.second), []).append(pair)
     return [together(group, str(where)) for (where, _, _), group in groups.items()]
-
-
-# ------------------------------------------------------------------ for the terminal
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(first, no_wrap=True, style="cyan")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _pairs(title: str, pairs: Sequence[Pair], named: bool = False) -> Table:
-    """``named``: a row is one weight of a pair, and not all of them."""
-    products = any(pair.products is not None for pair in pairs)
-    spectral = any(pair.leading is not None for pair in pairs)
-    columns = ["overlap", "opposite", "cosine"]
-    columns += ["AWOM", "AWOR", "->", "<-"] if products else []
-    columns += ["spectral", "aligned"] if spectral else []
-    table = _table(title, *([] if named else ["weights"]), *columns)
-    for pair in pairs:
-        where = f"{pair.where.removesuffix('.weight').removeprefix('model.')}  " if named else ""
-        cells = [f"{where}{pair.first} -> {pair.second}", *([] if named else [str(pair.weights)])]
-        cells += [
-            f"{pair.overlap:.1%}",
-            f"{pair.conflict_share:.1%}",
-            f"{pair.cosine:+.3f}",
-        ]
-        if products:
-            on_first, on_second = pair.interference
-            cells += [_number(pair.awom), _percent(pair.awor), _percent(on_second), _percent(on_first)]
-        if spectral:
-            cells += [_number(pair.leading and pair.leading.awom), _signed(pair.alignment)]
-        table.add_row(*cells)
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"

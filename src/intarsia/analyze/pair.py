@@ -5,6 +5,7 @@ What is kept are sums over entries, so that weights add up to layers, modules an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ class Pair:
     def conflict_norm(self) -> float:
         """||the entries with opposite signs|| / ||D||, of the adapter with the smaller ||D||, 0..1."""
         smaller = 0 if self.squares[0] <= self.squares[1] else 1
-        return _share(self.conflict_squares[smaller], self.squares[smaller]) ** 0.5
+        return math.sqrt(_share(self.conflict_squares[smaller], self.squares[smaller]))
 
     @property
     def norms(self) -> Two:

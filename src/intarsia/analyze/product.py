@@ -5,6 +5,7 @@ With the changes transposed it is D1 D2^T: how far they read the same inputs. Sh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,7 +35,7 @@ def awom(one: Edit, other: Edit, weight: Tensor | None = None, *, spectral: bool
     first, second = _alike(one, other, weight)
     if spectral:
         return spectral_norm(directions(first), directions(second))
-    return product(first, second).square ** 0.5
+    return math.sqrt(product(first, second).square)
 
 
 def awor(one: Edit, other: Edit, weight: Tensor | None = None) -> float:

@@ -110,6 +110,7 @@ def inner(one: Reduced, other: Reduced) -> float:
         mine, its = common(one, other)
         return float(one.values[mine].double() @ other.values[its].double())
     if isinstance(one, Sparse):
+        assert not isinstance(other, Sparse)
         return float(one.values.double() @ values_at(other, one.index).double())
     if isinstance(other, Sparse):
         return inner(other, one)

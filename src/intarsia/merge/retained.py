@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -141,13 +142,13 @@ class Retained:
             if scored:
                 scores = [self.matrix[row, task].score for row in rows]
                 cells.append(" ".join("" if score is None else f"{score:.1%}" for score in scores))
-            table.add_row(task if task == adapter else f"{task} ({adapter})", *cells)
+            table.add_row(escape(task if task == adapter else f"{task} ({adapter})"), *cells)
         for task in self.others:
             alone = [self.matrix[adapter, task].loss for adapter in self.skills]
             spread = f"{min(alone):.4f}" if len(alone) == 1 else f"{min(alone):.4f} to {max(alone):.4f}"
             lost = self.forgetting[FUSED][task]
             table.add_row(
-                task,
+                escape(task),
                 f"{self.matrix[self.base, task].loss:.4f}",
                 spread,
                 f"{self.matrix[FUSED, task].loss:.4f}",
