@@ -209,7 +209,7 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
     norm = None if weight is None and needs_weight(edit) else change_norm(edit, weight)
     return WeightChange(
         name=name,
-        module=name.removesuffix(".weight").rpartition(".")[2],
+        module=module_of(name),
         layer=layer_of(name),
         edit=edit.kind,
         shape=edit.shape,
@@ -219,6 +219,11 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
         weight_norm=None if weight is None else float(weight.double().norm()),
         rounding=None if weight is None else rounding(edit, weight, name),
     )
+
+
+def module_of(weight: str) -> str:
+    """The last part of the name of a weight's layer: ``q_proj``."""
+    return weight.removesuffix(".weight").rpartition(".")[2]
 
 
 def layer_of(weight: str) -> int | None:
