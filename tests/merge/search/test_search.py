@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from intarsia.errors import IntarsiaError
 from intarsia.merge.search.objective import Gains, Objective
-from intarsia.merge.search.search import Sampler, pareto, search
-from intarsia.merge.search.space import Dimension, Space, layer_groups, space_of
+from intarsia.merge.search.search import pareto, search
+from intarsia.merge.search.space import Dimension, Space, parameters_at, space_of
 from intarsia.merge.search.trials import Trial, TrialFile
 
 A, B = "weight of a", "weight of b"
@@ -69,6 +69,15 @@ def test_trial_0_is_the_start_and_the_best_is_never_worse():
     assert found.best is found.start, "nothing is better than the optimum, and the first of equals is taken"
     assert found.history == sorted(found.history)
     assert found.history[-1] == found.value(found.best)
+
+
+def test_the_sampler_begins_at_the_best_of_the_points_that_were_given():
+    far = [{A: 0.9, B: 0.3}]
+    near = search(two(start=1.4), bowl, GAINS, trials=40, first=far)
+    away = [sum((t.point[n] - BEST[n]) ** 2 for n in BEST) ** 0.5 for t in near.trials[2:9]]
+    plain = search(two(start=1.4), bowl, GAINS, trials=40)
+    away_plain = [sum((t.point[n] - BEST[n]) ** 2 for n in BEST) ** 0.5 for t in plain.trials[2:9]]
+    assert sum(away) < sum(away_plain)
 
 
 def test_points_to_try_first_come_right_after_the_start():
@@ -189,24 +198,26 @@ def test_the_front_holds_the_best_of_every_objective():
 def test_a_dimension_and_its_inverse(low, width, where, at):
     start = min(low + where * width, low + width)
     dimension = Dimension("a", "weight", low, low + width, start)
-    value = low + at * width
-    assert dimension.value(dimension.place(min(value, low + width))) == pytest.approx(value, abs=6e-5)
-    assert (dimension.value(-1), dimension.value(1)) == pytest.approx((low, low + width), abs=6e-5)
+    value = min(low + at * width, low + width)
+    assert dimension.value(dimension.place(value, start), start) == pytest.approx(value, abs=6e-5)
+    assert (dimension.value(-1, start), dimension.value(1, start)) == pytest.approx((low, low + width), abs=6e-5)
     if low < start < low + width:
-        assert dimension.value(0) == pytest.approx(start, abs=6e-5)
+        assert dimension.value(0, start) == pytest.approx(start, abs=6e-5)
 
 
-def test_groups_of_layers():
-    assert layer_groups(range(30), 3) == [(0, 9), (10, 19), (20, 29)]
-    assert layer_groups([2, 5, 7, 7], 2) == [(2, 5), (7, 7)]
-    space = space_of(
-        {"a": {"weight": 0.5, "density": 0.2}}, {"weight": (0, 1), "density": (0.1, 1)}, [(0, 9), (10, 19)]
-    )
-    assert list(space.to_dict()) == [
-        "weight of a, layers 0-9", "weight of a, layers 10-19", "density of a, layers 0-9", "density of a, layers 10-19",
-    ]  # fmt: skip
-    with pytest.raises(IntarsiaError, match="4 groups of layers; the adapters change 3 numbered layers"):
-        layer_groups([1, 2, 3], 4)
+def test_a_gradient_over_the_layers_is_found_point_by_point():
+    start = {"a": {"weight": 0.5, "density": 0.2}, "b": {"weight": 1}}
+    ranges = {"weight": (0, 1), "density": (0.1, 1)}
+    plain, gradients = space_of(start, ranges), space_of(start, ranges, points=2)
+    assert list(plain.start) == ["weight of a", "density of a", "weight of b"]
+    assert list(gradients.start) == [f"{of}, point {i}" for of in plain.start for i in (0, 1)]
+    numbers = dict(zip(gradients.start, (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), strict=True))
+    assert parameters_at(gradients, numbers) == {
+        "a": {"weight": [0.1, 0.2], "density": [0.3, 0.4]}, "b": {"weight": [0.5, 0.6]},
+    }  # fmt: skip
+    assert parameters_at(plain, plain.start) == start
+    with pytest.raises(IntarsiaError, match="points=0; expected the number of points"):
+        space_of(start, ranges, points=0)
 
 
 @pytest.mark.parametrize(
@@ -226,10 +237,7 @@ def test_groups_of_layers():
         (lambda: search(two(), bowl, GAINS, trials=0), "trials=0"),
         (lambda: search(two(), bowl, GAINS, Objective("weighted", {"a": 1})), "importances of a; the skills are a, b"),
         (lambda: search(two(), lambda p: {"a": 1.0}, GAINS), "measured a; the skills are a, b"),
-        (
-            lambda: search(two(), lambda p: {"a": 1.0, "b": math.nan}, GAINS, trials=9),
-            "none of 9 trials has a finite loss",
-        ),
+        (lambda: search(two(), lambda p: {"a": 1.0, "b": math.nan}, GAINS), "the loss on b is not finite"),
     ],
 )
 def test_mistakes(made, said):
@@ -242,7 +250,7 @@ def test_without_the_extra_the_message_names_it(monkeypatch):
     with pytest.raises(
         IntarsiaError, match=r'the package cmaes, which is not installed: pip install "intarsia\[search\]"'
     ):
-        Sampler(two(), 0)
+        search(two(), bowl, GAINS, trials=1)
 
 
 def test_the_samplers_words_stay_its_own_and_its_verbosity_the_users(capfd):

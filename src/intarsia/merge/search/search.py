@@ -99,7 +99,7 @@ def search(
     file: TrialFile | None = None,
     told: Told | None = None,
 ) -> Search:
-    """Measure ``trials`` points: the start, then those in ``first``, then what CMA-ES proposes.
+    """Measure ``trials`` points: the start, those in ``first``, then what CMA-ES proposes, which begins at the best of these.
 
     Args:
         trials: of all together, those in ``file`` included; a search that is finished goes on when this grows.
@@ -109,69 +109,87 @@ def search(
 
     Raises:
         IntarsiaError: without the extra ``intarsia[search]``; for fewer than one trial, a point outside of the space,
-            losses of other skills than those of ``gains``, no finite loss at all, or a file whose trials are not those that
-            this sampler makes.
+            losses of other skills than those of ``gains``, a loss at the start that is not finite, or a file whose trials are
+            not those that this sampler makes.
         KeyboardInterrupt: after Ctrl-C, saying how many trials are kept.
     """
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise IntarsiaError(f"trials={trials!r}; expected a number of trials, 1 or more")
+    _optuna()
     objective.check(gains.base)
-    sampler = Sampler(space, seed, first)
+    points = _Points(space, seed, [space.start, *(space.checked(point) for point in first)])
     done = list(file.trials) if file is not None else []
     for trial in done[:trials]:
-        if (point := sampler.ask()) != dict(trial.point):
+        if (point := points.next()) != dict(trial.point):
             raise IntarsiaError(_not_ours(file, trial, point))
-        sampler.tell(_value(objective, gains, trial))
+        points.tell(_value(objective, gains, trial))
     try:
         while len(done) < trials:
-            point = sampler.ask()
+            point = points.next()
             before = time.perf_counter()
             losses = _checked(measure(point), gains)
             trial = Trial(len(done), point, losses, time.perf_counter() - before)
+            if not done and not trial.finite:
+                lost = ", ".join(skill for skill, loss in losses.items() if not math.isfinite(loss))
+                raise IntarsiaError(f"where the search starts ({_said(point)}), the loss on {lost} is not finite")
             if file is not None:
                 file.add(trial)
             done.append(trial)
-            sampler.tell(_value(objective, gains, trial))
+            points.tell(_value(objective, gains, trial))
             if told is not None:
                 told(Search(space, objective, gains, tuple(done)))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(len(done), trials, file)) from None
-    found = Search(space, objective, gains, tuple(done[:trials]))
-    if not found.best.finite:
-        raise IntarsiaError(
-            f"none of {trials} trials has a finite loss on every skill; make the range of the weights smaller"
-        )
-    return found
+    return Search(space, objective, gains, tuple(done[:trials]))
+
+
+class _Points:
+    """The points in their order: those that were given, then the sampler's around the best of them."""
+
+    def __init__(self, space: Space, seed: int, given: Sequence[Point]) -> None:
+        self.space, self.seed, self.given = space, seed, given
+        self.values: list[float] = []  # of the given ones
+        self.sampler: Sampler | None = None
+
+    def next(self) -> dict[str, float]:
+        if len(self.values) < len(self.given):
+            return dict(self.given[len(self.values)])
+        if self.sampler is None:
+            best = self.values.index(max(self.values))
+            self.sampler = Sampler(self.space, self.seed, self.given[best], self.values[best])
+        return self.sampler.ask()
+
+    def tell(self, value: float) -> None:
+        if self.sampler is None:
+            self.values.append(value)
+        else:
+            self.sampler.tell(value)
 
 
 class Sampler:
-    """optuna's CMA-ES over [-1, 1] in every dimension, the start in the middle: ask for a point, tell how good it was."""
+    """optuna's CMA-ES over [-1, 1] in every dimension, ``middle`` at 0: ask for a point, tell how good it was.
 
-    def __init__(self, space: Space, seed: int, first: Sequence[Point] = ()) -> None:
-        self.space = space
+    ``value``: how good the middle is, which was measured before.
+    """
+
+    def __init__(self, space: Space, seed: int, middle: Point, value: float) -> None:
+        self.space, self.middle = space, middle
         optuna = _optuna()
         with _quiet(optuna):
             sampler = optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
             self._study = optuna.create_study(direction="maximize", sampler=sampler)
-            self._fail = optuna.trial.TrialState.FAIL
-            uniform = optuna.distributions.FloatDistribution(-1.0, 1.0)
-            self._dimensions = {dimension.name: uniform for dimension in space}
-            for point in (space.start, *first):
-                self._study.enqueue_trial(self._places(point))
+            self._study.enqueue_trial(space.places(middle, middle))
+        self._fail = optuna.trial.TrialState.FAIL
+        self._range = {dimension.name: optuna.distributions.FloatDistribution(-1.0, 1.0) for dimension in space}
         self._asked: Any = None
-
-    def _places(self, point: Point) -> dict[str, float]:
-        if set(point) != set(self._dimensions):
-            raise IntarsiaError(f"a point has {', '.join(point)}; the space {', '.join(self._dimensions)}")
-        if outside := [d.name for d in self.space if not d.low <= point[d.name] <= d.high]:
-            raise IntarsiaError(f"{', '.join(outside)}: outside of what is searched")
-        return {d.name: d.place(point[d.name]) for d in self.space}
+        self.ask()
+        self.tell(value)
 
     def ask(self) -> dict[str, float]:
         """The next point."""
         with _quiet(_optuna()):
-            self._asked = self._study.ask(self._dimensions)
-        return {d.name: d.value(self._asked.params[d.name]) for d in self.space}
+            self._asked = self._study.ask(self._range)
+        return self.space.values(self._asked.params, self.middle)
 
     def tell(self, value: float) -> None:
         """The objective of the point that was asked for last. One that is not finite is left out of what CMA-ES learns from."""
@@ -196,9 +214,13 @@ def _checked(losses: Losses, gains: Gains) -> dict[str, float]:
 def _not_ours(file: TrialFile | None, trial: Trial, point: Mapping[str, float]) -> str:
     where = "" if file is None else f"{file.path}, "
     return (
-        f"{where}trial {trial.number} is not the one that this sampler makes: {dict(trial.point)}, here {point}. "
+        f"{where}trial {trial.number} is not the one that this sampler makes: {_said(trial.point)}; here {_said(point)}. "
         "Its trials may come from other versions of optuna and cmaes; install those, or begin anew with --restart"
     )
+
+
+def _said(point: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in point.items())
 
 
 def _interrupted(done: int, trials: int, file: TrialFile | None) -> str:

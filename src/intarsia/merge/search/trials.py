@@ -1,7 +1,7 @@
 """The trials of a search as a file of JSON lines, which a search goes on from.
 
     {"settings": {...}}                                                 what the trials depend on
-    {"base": {skill: loss}, "single": {skill: loss}}                    measured once
+    {"rows": "search", "base": {...}, "single": {skill: loss}}          measured once; of the held-out rows too
     {"trial": 0, "point": {...}, "loss": {skill: loss}, "seconds": 1.2}
 
 A line is written at once and flushed to the disk. What a killed search left of a line at the end is cut off. The file holds
@@ -53,14 +53,14 @@ class TrialFile:
     """The file of one search.
 
     Attributes:
-        gains: the losses of the base and of each adapter alone; None until they were measured.
+        gains: name of the rows (``search``, ``held out``) -> losses of the base and of each adapter alone, once measured.
         trials: those that were made, in order.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.settings: dict[str, Any] = {}
-        self.gains: Gains | None = None
+        self.gains: dict[str, Gains] = {}
         self.trials: list[Trial] = []
         self._handle: int | None = None
         self._whole = 0  # bytes up to the end of the last whole line
@@ -94,7 +94,7 @@ class TrialFile:
         if "settings" in line:
             self.settings = dict(line["settings"])
         elif "base" in line:
-            self.gains = Gains(dict(line["base"]), dict(line["single"]))
+            self.gains[line["rows"]] = Gains(dict(line["base"]), dict(line["single"]))
         else:
             trial = Trial.from_dict(line)
             if trial.number != len(self.trials):
@@ -145,9 +145,9 @@ class TrialFile:
         except BlockingIOError:
             raise IntarsiaError(f"another process is searching with {self.path} at this moment") from None
 
-    def add_gains(self, gains: Gains) -> None:
-        """Keep what was measured before the first trial."""
-        self._write(gains.to_dict())
+    def add_gains(self, rows: str, gains: Gains) -> None:
+        """Keep what was measured before the first trial, on the rows of that name."""
+        self._write({"rows": rows} | gains.to_dict())
 
     def add(self, trial: Trial) -> None:
         """Keep a trial."""
