@@ -40,6 +40,7 @@ SURFACE = {
         ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--system", "--plain", "--json"],
     ),
     "show": (["adapter"], ["--model", "--spectrum", "--plot", "--json"]),
+    "merge": (["config", "overrides"], ["--dry-run", "--schema", "--overwrite", "--json"]),
     "convert": (
         ["source", "output"],
         ["--to", "--base", "--rank", "--dense", "--dtype", "--overwrite", "--json"],
@@ -103,7 +104,10 @@ def test_version(intarsia):
     ("words", "said"),
     [
         (["trainn"], "no command 'trainn'; did you mean 'train'?"),
-        (["xyz"], "no command 'xyz'; known: bench, chat, check, convert, demo, eval, methods, registry, show, train"),
+        (
+            ["xyz"],
+            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, merge, methods, registry, show, train",
+        ),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),
         (["registry", "lst"], "no command 'lst'; did you mean 'list'?"),

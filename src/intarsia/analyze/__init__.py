@@ -8,6 +8,7 @@ from intarsia.analyze.change import (
     change_norm,
     group,
     invisible_share,
+    layer_of,
     rounding,
     spectra,
     weight_changes,
@@ -25,6 +26,6 @@ from intarsia.analyze.spectrum import (
 
 __all__ = [
     "Group", "Rounding", "Spectrum", "WeightChange", "change_norm", "change_of", "effective_rank",
-    "energy_share", "group", "invisible_share", "needs_weight", "picture", "rounding", "singular_values",
+    "energy_share", "group", "invisible_share", "layer_of", "needs_weight", "picture", "rounding", "singular_values",
     "spectra", "spectrum", "stable_rank", "weight_changes",
 ]  # fmt: skip

@@ -210,7 +210,7 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
     return WeightChange(
         name=name,
         module=name.removesuffix(".weight").rpartition(".")[2],
-        layer=int(number[0]) if (number := re.findall(r"(?<=\.)\d+(?=\.)", f".{name}")) else None,
+        layer=layer_of(name),
         edit=edit.kind,
         shape=edit.shape,
         touched=edit.touched,
@@ -219,6 +219,12 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
         weight_norm=None if weight is None else float(weight.double().norm()),
         rounding=None if weight is None else rounding(edit, weight, name),
     )
+
+
+def layer_of(weight: str) -> int | None:
+    """The number of the layer that a weight is in: the first number in its name, or None."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", f".{weight}")
+    return int(number[0]) if number else None
 
 
 TOP = (1, 4, 16, 64)  # how many of the largest singular values the shares are told for

@@ -16,6 +16,7 @@ from intarsia.cli.check import check
 from intarsia.cli.convert import convert
 from intarsia.cli.demo import demo
 from intarsia.cli.evaluate import evaluate
+from intarsia.cli.merge import merge
 from intarsia.cli.methods import methods
 from intarsia.cli.show import show
 from intarsia.cli.train import train
@@ -127,6 +128,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "chat": chat,
     "show": show,
+    "merge": merge,
     "convert": convert,
     "methods": methods,
     "check": check,

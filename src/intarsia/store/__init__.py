@@ -4,10 +4,10 @@ from intarsia.store.adapter import CARD, FORMAT, HEAD, TENSORS, Adapter, Base, L
 from intarsia.store.digest import edit_digest, json_digest, tensor_digest, weights_digest
 from intarsia.store.index import Version
 from intarsia.store.reading import open, read
-from intarsia.store.registry import Registry
+from intarsia.store.registry import Registry, folder_of
 from intarsia.store.writing import write
 
 __all__ = [
     "CARD", "FORMAT", "HEAD", "TENSORS", "Adapter", "Base", "LazyEdits", "Registry", "Version", "dtype_name", "edit_digest",
-    "json_digest", "open", "read", "tensor_digest", "weights_digest", "write",
+    "folder_of", "json_digest", "open", "read", "tensor_digest", "weights_digest", "write",
 ]  # fmt: skip

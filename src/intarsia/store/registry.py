@@ -97,6 +97,21 @@ def split(reference: str) -> tuple[str, int | str | None]:
     return name, int(version) if version.isascii() and version.isdigit() else version
 
 
+def folder_of(text: str) -> Path:
+    """The folder of an adapter: a path, or NAME@VERSION (a number, a tag or ``latest``) in the registry.
+
+    Raises:
+        IntarsiaError: for a version that the registry has not.
+    """
+    path = Path(text)
+    if path.exists() or "@" not in path.name:
+        return path
+    try:
+        return Registry().get(text)
+    except IntarsiaError as error:
+        raise IntarsiaError(f"{text}: there is no such folder, and in the registry: {error}") from error
+
+
 class Registry:
     """Adapters by name and version, in a folder or at any URL that fsspec can open.
 
