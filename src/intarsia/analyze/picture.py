@@ -24,9 +24,7 @@ def picture(changes: Sequence[WeightChange], spectra: Sequence[Spectrum], path: 
     from matplotlib.figure import Figure
 
     path = Path(path)
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lower().lstrip(".") not in known:
-        raise IntarsiaError(f"--plot {path}: the file name should end in .png, .svg or .pdf")
+    check_picture(path)
     relative = all(change.relative is not None for change in changes)
     cells = [(c, c.relative if relative else c.norm) for c in changes]
     if not changes or any(value is None for _, value in cells):
@@ -64,11 +62,19 @@ def picture(changes: Sequence[WeightChange], spectra: Sequence[Spectrum], path: 
     for side in ("top", "right"):
         right.spines[side].set_visible(False)
     figure.suptitle(title, fontsize=12)
-    _write(figure, path)
+    write_picture(figure, path)
     return path
 
 
-def _write(figure: object, path: Path) -> None:
+def check_picture(path: Path) -> None:
+    """Raise IntarsiaError for a file name that does not end as a picture's, before any work is done."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if path.suffix.lower().lstrip(".") not in FigureCanvasAgg.get_supported_filetypes():
+        raise IntarsiaError(f"--plot {path}: the file name should end in .png, .svg or .pdf")
+
+
+def write_picture(figure: object, path: Path) -> None:
     """Aside first, so that a failure leaves no half a picture."""
     aside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import given, terminal
+from intarsia.cli import given, searching, terminal
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
@@ -35,6 +35,19 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that stands in the output folder.")
     ] = False,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--search",
+            metavar="NAME=FILE",
+            help="Find the weights, on rows of each adapter's skill: once for every adapter.",
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Points to measure in a search; 60.")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="Of the skills' retained shares in a search: worst, mean.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin a search anew that was interrupted.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Make one adapter of several: a folder as any other, with what it was made of in it."""
@@ -47,9 +60,15 @@ def merge(
         raise IntarsiaError("a config file is needed: intarsia merge CONFIG.yaml (--schema prints what it may hold)")
     recipe = load_recipe(config, [*(overrides or []), *(["overwrite=true"] if overwrite else [])])
     output = _output(recipe)
+    found = searching.wanted(recipe, search or [], trials, objective, restart)
     ready = settle(recipe.open(), recipe.wanted())
+    if found is not None:
+        searching.check(ready, found)
     if dry_run:
-        return terminal.print_json(_plain(ready, output)) if json else _print_plan(ready)
+        more = {} if found is None else {"search": searching.described(found, ready)}
+        return terminal.print_json(_plain(ready, output) | more) if json else _print_plan(ready)
+    if found is not None:
+        return searching.run(ready, recipe, found, output, restart, json)
     return _merge(ready, recipe, output, json)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 
@@ -86,23 +84,27 @@ def test_a_line_that_is_none_is_named(tmp_path, line, said):
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, changed, said):
     path = filled(tmp_path / "trials.jsonl")
     before = path.read_bytes()
-    with pytest.raises(IntarsiaError, match="holds 3 trials of a search with other settings") as error, TrialFile.read(path).held(SETTINGS | changed):
+    with (
+        pytest.raises(IntarsiaError, match="holds 3 trials of a search with other settings") as error,
+        TrialFile.read(path).held(SETTINGS | changed),
+    ):
         pass
     assert said in str(error.value)
     assert path.read_bytes() == before
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_search_at_a_time(tmp_path):
     path = filled(tmp_path / "trials.jsonl")
-    code = (
-        "import sys; from intarsia.merge.search.trials import TrialFile; f = TrialFile.read(sys.argv[1])\n"
-        "with f.held(f.settings): pass"
-    )
-    with TrialFile.read(path).held(SETTINGS):
-        other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert other.returncode == 1
-    assert "another process is searching" in other.stderr
-    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 0
+    with (
+        TrialFile.read(path).held(SETTINGS) as file,
+        pytest.raises(IntarsiaError, match="another process is searching"),
+        TrialFile.read(path).held(SETTINGS),
+    ):
+        pass
+    file = TrialFile.read(path)
+    with file.held(SETTINGS):
+        file.add(trial(3))
+    assert len(TrialFile.read(path).trials) == 4
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):

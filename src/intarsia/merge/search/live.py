@@ -29,7 +29,8 @@ class Live:
     def losses(self, rows: Rows) -> dict[str, float]:
         """Skill -> mean loss (nats a token) of the model as it is now."""
         return {
-            skill: held_out_loss(self.model, self.tokenizer, examples, self.batch_size) for skill, examples in rows.items()
+            skill: held_out_loss(self.model, self.tokenizer, examples, self.batch_size)
+            for skill, examples in rows.items()
         }
 
     def gains(self, rows: Rows, use: Use) -> Gains:

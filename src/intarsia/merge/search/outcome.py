@@ -82,7 +82,16 @@ class Outcome:
         """Each skill: losses on held-out rows, and what is retained of its gain there and on the rows of the search."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("skill\n", no_wrap=True)
-        heads = ("base\nloss", "single\n", "given\n", "found\n", "given\nretained", "found\n", "given\non searched rows", "found\n")
+        heads = (
+            "base\nloss",
+            "single\n",
+            "given\n",
+            "found\n",
+            "given\nretained",
+            "found\n",
+            "given\non searched rows",
+            "found\n",
+        )
         for column in heads:
             table.add_column(column, justify="right")
         unseen, seen = self.held_out, self.searched

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
-from intarsia.errors import IntarsiaError
+from intarsia.analyze.picture import check_picture, write_picture
 from intarsia.merge.search.search import Search
 
 GREY, FRONT, GIVEN, FOUND = "#a8b0b8", "#41719c", "#222222", "#c2410c"
@@ -42,16 +40,8 @@ def picture(search: Search, path: str | Path, title: str = "") -> Path:
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    _write(figure, path)
+    write_picture(figure, path)
     return path
-
-
-def check_picture(path: Path) -> None:
-    """Raises IntarsiaError for a file name that no picture can have."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    if path.suffix.lower().lstrip(".") not in FigureCanvasAgg.get_supported_filetypes():
-        raise IntarsiaError(f"--plot {path}: the file name should end in .png, .svg or .pdf")
 
 
 def _pair(panel: Any, search: Search, a: str, b: str) -> None:
@@ -109,16 +99,3 @@ def _history(panel: Any, search: Search) -> None:
 
 def _axes(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _write(figure: Any, path: Path) -> None:
-    """Aside first, so that a failure leaves no half a picture."""
-    aside = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise IntarsiaError(f"could not write the picture {path}: {error.strerror or error}") from error

@@ -120,7 +120,9 @@ def space_of(
         IntarsiaError: for fewer than one point, and what :class:`Dimension` refuses.
     """
     if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-        raise IntarsiaError(f"points={points!r}; expected the number of points of a gradient over the layers, 1 or more")
+        raise IntarsiaError(
+            f"points={points!r}; expected the number of points of a gradient over the layers, 1 or more"
+        )
     return Space(
         tuple(
             Dimension(adapter, parameter, *ranges[parameter], value, point)

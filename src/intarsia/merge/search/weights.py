@@ -87,6 +87,11 @@ class Task:
         """The merged adapter at a point."""
         return made(settle(self.plan.adapters, self.wanted(point)), name=name, base=self.base)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the rows of each skill that trials are measured on."""
+        return {skill: rows_digest(examples) for skill, examples in self.rows.items()}
+
     def settings(self, live: Live) -> dict[str, Any]:
         """What the trials depend on, as plain JSON values: whoever goes on with them has to have the same."""
         wanted = self.plan.wanted
@@ -97,8 +102,8 @@ class Task:
             "parameters": {key: value.plain for key, value in wanted.shared.items()},
             "own parameters": {n: {key: value.plain for key, value in own.items()} for n, own in wanted.own.items()},
             "merge seed": wanted.seed,
-            "data": {skill: rows_digest(examples) for skill, examples in self.rows.items()},
-            "held out": {skill: rows_digest(examples) for skill, examples in self.held_out.items()},
+            "data": self.digests,
+            "held-out data": {skill: rows_digest(examples) for skill, examples in self.held_out.items()},
             "batch_size": live.batch_size,
             "objective": self.objective.to_dict(),
             "space": self.space.to_dict(),
@@ -108,12 +113,20 @@ class Task:
 
 def check_skills(adapters: Mapping[str, Any], skills: Mapping[str, Any]) -> None:
     """Raises IntarsiaError unless there are two adapters or more, each with rows of its skill, and no rows of others."""
-    faults = [f"no adapter {skill!r} is merged; {nearest(skill, adapters)}" for skill in skills if skill not in adapters]
+    faults = [
+        f"no adapter {skill!r} is merged; {nearest(skill, adapters)}" for skill in skills if skill not in adapters
+    ]
     faults += [f"there are no rows of the skill of {name}: {name}=FILE" for name in adapters if name not in skills]
     if len(adapters) < 2:
         faults.append("a search weighs adapters against each other, and there is only one; name two or more")
     if faults:
         raise IntarsiaError("search:\n  " + "\n  ".join(faults) if len(faults) > 1 else f"search: {faults[0]}")
+
+
+def ranges_of(weight: Sequence[float], density: Sequence[float] | None = None) -> dict[str, tuple[float, float]]:
+    """Parameter -> lowest and highest number, for :class:`Task`; without ``density`` those stay as they are."""
+    ranges = {WEIGHT: (weight[0], weight[1])}
+    return ranges if density is None else ranges | {DENSITY: (density[0], density[1])}
 
 
 def start_of(plan: Plan, parameters: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -124,14 +137,18 @@ def start_of(plan: Plan, parameters: Sequence[str]) -> dict[str, dict[str, float
     """
     cls = type(next(iter(plan.rules.values())))
     if cls.weights is not Rule.weights:
-        raise IntarsiaError(f"{cls.name} finds the weights by itself, so there are none to search for; take another merge_method")
+        raise IntarsiaError(
+            f"{cls.name} finds the weights by itself, so there are none to search for; take another merge_method"
+        )
     start: dict[str, dict[str, float]] = {name: {} for name in plan.adapters}
     for key in parameters:
         if key != WEIGHT and not (key in fields_of(cls) and fields_of(cls)[key].metadata.get("each")):
             raise IntarsiaError(f"search.{key}: the rule {cls.name} has no {key} of single adapters to search for")
         for name in plan.adapters:
             shares = [shares[name] for shares in plan.shares.values()]
-            found = {share.weight if key == WEIGHT else getattr(share.rule, fields_of(cls)[key].name) for share in shares}
+            found = {
+                share.weight if key == WEIGHT else getattr(share.rule, fields_of(cls)[key].name) for share in shares
+            }
             if len(found) > 1:
                 raise IntarsiaError(
                     f"the {key} of {name} is not one number at all weights, and the search starts from one; give it a plain number"
@@ -254,4 +271,3 @@ def _count(rows: Rows) -> dict[str, int]:
 
 def _counted(rows: Rows) -> str:
     return ", ".join(f"{count} rows of {skill}" for skill, count in _count(rows).items())
-

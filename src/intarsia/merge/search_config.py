@@ -1,11 +1,11 @@
 """The section ``search:`` of a recipe: on which rows, between which bounds, for how long.
 
-    search:
-      data: {pirate: pirate.jsonl, json: json.jsonl}    # rows of every adapter's skill, by the adapter's name
-      trials: 60
-      objective: worst
-      weight: [0, 1.5]
-      density: [0.1, 1.0]                               # left out: densities stay as they are
+search:
+  data: {pirate: pirate.jsonl, json: json.jsonl}    # rows of every adapter's skill, by the adapter's name
+  trials: 60
+  objective: worst
+  weight: [0, 1.5]
+  density: [0.1, 1.0]                               # left out: densities stay as they are
 """
 
 from __future__ import annotations
