@@ -102,9 +102,11 @@ def test_one_search_at_a_time(tmp_path):
     ):
         pass
     file = TrialFile.read(path)
+    with TrialFile.read(path).held(SETTINGS) as other:
+        other.add(trial(3))
     with file.held(SETTINGS):
-        file.add(trial(3))
-    assert len(TrialFile.read(path).trials) == 4
+        file.add(trial(4))  # what the other one did since is neither lost nor made again
+    assert [one.number for one in TrialFile.read(path).trials] == [0, 1, 2, 3, 4]
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):

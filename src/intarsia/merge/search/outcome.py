@@ -81,19 +81,11 @@ class Outcome:
     def skills_table(self) -> Table:
         """Each skill: losses on held-out rows, and what is retained of its gain there and on the rows of the search."""
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("skill\n", no_wrap=True)
-        heads = (
-            "base\nloss",
-            "single\n",
-            "given\n",
-            "found\n",
-            "given\nretained",
-            "found\n",
-            "given\non searched rows",
-            "found\n",
-        )
-        for column in heads:
-            table.add_column(column, justify="right")
+        table.add_column("\nskill", no_wrap=True)
+        groups = {"loss": ("base", "single", "given", "found"), "retained": ("given", "found")}
+        for group, columns in (*groups.items(), ("on searched rows", ("given", "found"))):
+            for place, column in enumerate(columns):
+                table.add_column(f"{'' if place else group}\n{column}", justify="right", no_wrap=True)
         unseen, seen = self.held_out, self.searched
         shares = [c.gains.retained(losses) for c in (unseen, seen) for losses in (c.given, c.found)]
         for skill in unseen.gains.base:
@@ -116,7 +108,7 @@ class Outcome:
         )
         if self.search.best.number == 0:
             return f"No trial was better than the weights as given, which are kept. {found}"
-        if unseen["found"] <= unseen["given"] < seen["found"]:
+        if unseen["found"] <= unseen["given"]:
             return (
                 f"{found} The gain on the rows of the search ({seen['given']:.1%} to {seen['found']:.1%}) does not carry over: "
                 "search on more rows, or keep the weights as given."

@@ -10,7 +10,7 @@ from intarsia.analyze.picture import check_picture, write_picture
 from intarsia.merge.search.search import Search
 
 GREY, FRONT, GIVEN, FOUND = "#a8b0b8", "#41719c", "#222222", "#c2410c"
-COLUMNS, PAIRS = 3, 15  # panels beside each other; pairs that are drawn
+COLUMNS, PAIRS = 3, 15  # panels beside each other where there are many; pairs that are drawn
 
 
 def picture(search: Search, path: str | Path, title: str = "") -> Path:
@@ -28,7 +28,7 @@ def picture(search: Search, path: str | Path, title: str = "") -> Path:
     path = Path(path)
     check_picture(path)
     pairs = list(itertools.combinations(search.gains.base, 2))[:PAIRS]
-    columns = min(COLUMNS, len(pairs) + 1)
+    columns = 2 if len(pairs) < COLUMNS + 1 else COLUMNS
     rows = -(-(len(pairs) + 1) // columns)
     figure = Figure(figsize=(4.3 * columns, 3.9 * rows + 0.3), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -64,7 +64,7 @@ def _frame(panel: Any, wanted: list[tuple[float, float]], points: list[tuple[flo
     low, high = [], []
     for values in zip(*wanted, strict=True):
         span = max(max(values) - min(values), 5.0)
-        low.append(min(values) - 0.6 * span)
+        low.append(min(values) - 0.4 * span)
         high.append(max(values) + 0.15 * span)
     panel.set_xlim(low[0], high[0])
     panel.set_ylim(low[1], high[1])

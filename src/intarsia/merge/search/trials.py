@@ -73,22 +73,26 @@ class TrialFile:
             IntarsiaError: for a line that is not one of such a file, named by its number.
         """
         file = cls(path)
-        if not file.path.exists():
-            return file
+        file._read()
+        return file
+
+    def _read(self) -> None:
+        self.settings, self.gains, self.trials, self._whole = {}, {}, [], 0
+        if not self.path.exists():
+            return
         try:
-            content = file.path.read_bytes()
+            content = self.path.read_bytes()
         except OSError as error:
-            raise IntarsiaError(f"{path}: {error.strerror or error}") from error
+            raise IntarsiaError(f"{self.path}: {error.strerror or error}") from error
         for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(keepends=True), 1):
             try:
-                file._take(json.loads(line))
+                self._take(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise IntarsiaError(
-                    f"{path}, line {number}: no line of a search's trials ({type(error).__name__}: {error}); "
+                    f"{self.path}, line {number}: no line of a search's trials ({type(error).__name__}: {error}); "
                     "restore the file, or begin anew with --restart"
                 ) from None
-            file._whole += len(line)
-        return file
+            self._whole += len(line)
 
     def _take(self, line: Mapping[str, Any]) -> None:
         if "settings" in line:
@@ -125,6 +129,8 @@ class TrialFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as handle:
                 self._lock(handle.fileno())
+                self._read()  # what another process may have added since
+                self.check(settings)
                 handle.truncate(self._whole)
                 self._handle = handle.fileno()
                 if not self.settings:
