@@ -12,6 +12,7 @@ from intarsia.merge.rule import (
     Term,
     Where,
     build,
+    changed,
     each,
     fields_of,
     find,
@@ -21,7 +22,7 @@ from intarsia.merge.rule import (
 )
 
 __all__ = [
-    "KINDS", "VARIANTS", "Merged", "Part", "Plan", "Recipe", "Rule", "Share", "Term", "Wanted", "Where", "build", "each",
+    "KINDS", "VARIANTS", "Merged", "Part", "Plan", "Recipe", "Rule", "Share", "Term", "Wanted", "Where", "build", "changed", "each",
     "fields_of", "find", "known_rules", "load_recipe", "made", "make_recipe", "merge", "named", "register", "reweighted", "rules", "schema",
     "settle", "systems",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from intarsia.edits import Dense, Edit, LowRank, Sparse, elements
 from intarsia.errors import IntarsiaError
 from intarsia.interop.approximation import best
 from intarsia.interop.views import as_elements
-from intarsia.merge.rule import Merged, Rule, Term, Where
+from intarsia.merge.rule import Merged, Rule, Term, Where, each, wide
 from intarsia.method import option
 from intarsia.support import Granularity, Shape
 
@@ -60,6 +60,7 @@ class Entries:
 class Elementwise(Rule):
     """Thin out, elect signs, add up. A subclass says how an edit is thinned out."""
 
+    density: float = each(0.5, "share of an edit's entries that is kept")
     elect: str = option(
         "none", "signs by which entries take part: none: all do, total: that of the sum, frequency: of the most"
     )
@@ -124,9 +125,7 @@ def total_weight(where: Where) -> float:
 def aligned(edits: Sequence[Edit]) -> Entries:
     """Several edits of one weight entry by entry, in the widest of their types and float32 at least."""
     shape = edits[0].shape
-    dtype = torch.float32
-    for tensor in (t for edit in edits for t in edit.tensors().values() if t.is_floating_point()):
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = wide(*edits)
     sparse = [as_elements(edit) for edit in edits]
     if any(isinstance(one, str) for one in sparse):
         zeros = torch.zeros(shape, dtype=dtype)

@@ -132,6 +132,14 @@ def kinds_of(edit: Edit) -> list[str]:
     return found or [KINDS[2]]
 
 
+def wide(*edits: Edit) -> torch.dtype:
+    """The widest of the edits' types, float32 at least."""
+    dtype = torch.float32
+    for tensor in (t for edit in edits for t in edit.tensors().values() if t.is_floating_point()):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def taken(rule: Rule, adapter: str, name: str, edit: Edit, W: Tensor | None) -> Edit:
     """The edit as the rule can take it. One that depends on the weight is multiplied out where the weight is given.
 

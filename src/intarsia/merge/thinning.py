@@ -47,7 +47,7 @@ def ranks_in_rows(values: Tensor, rows: Tensor) -> Tensor:
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     last = (counts - 1).repeat_interleave(counts)
     place = torch.arange(len(values)) - starts
-    share = torch.where(last > 0, place / last.clamp_min(1), 0.5).double()
+    share = torch.where(last > 0, place.double() / last.clamp_min(1), 0.5)
     return torch.empty(len(values), dtype=torch.float64).index_copy(0, order, share)
 
 

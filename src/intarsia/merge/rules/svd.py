@@ -18,7 +18,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.interop.approximation import best
 from intarsia.interop.views import as_low_rank
 from intarsia.merge.elementwise import total_weight
-from intarsia.merge.rule import Merged, Rule, Term, Where, register
+from intarsia.merge.rule import Merged, Rule, Term, Where, register, wide
 from intarsia.method import option
 
 
@@ -50,7 +50,7 @@ class Svd(Rule):
                 f"{where.name}: the sum ({total.kind}) is not of low rank; give svd a rank (parameters.rank=16), or take the "
                 "rule sum, which loses nothing"
             )
-        D = to_dense(total)
+        D = to_dense(total, dtype=wide(total))
         B, A, error = best(D, self.rank or min(D.shape))
         return Merged(LowRank(total.shape, B, A, 1.0), error**2, float(D.double().square().sum()))
 
