@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from intarsia import registry
 from intarsia.bench.grid import Grid, check_methods
+from intarsia.merge import load_recipe
 from intarsia.train.config import load_config, load_tree, validated
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,8 @@ def test_configs_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
         file.write_text(block, encoding="utf-8")
         if "\nmethods:" in block:  # a comparison
             check_methods(validated(Grid, load_tree(file), page.name))
+        elif "merge_method:" in block:
+            load_recipe(file)
         else:
             load_config(file)
 

@@ -40,7 +40,10 @@ SURFACE = {
         ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--system", "--plain", "--json"],
     ),
     "show": (["adapter"], ["--model", "--spectrum", "--plot", "--json"]),
-    "merge": (["config", "overrides"], ["--dry-run", "--schema", "--overwrite", "--json"]),
+    "merge": (
+        ["config", "overrides"],
+        ["--dry-run", "--schema", "--overwrite", "--search", "--trials", "--objective", "--restart", "--json"],
+    ),
     "convert": (
         ["source", "output"],
         ["--to", "--base", "--rank", "--dense", "--dtype", "--overwrite", "--json"],

@@ -11,6 +11,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.evaluate import encode_pairs, generate, held_out_loss
 from intarsia.merge.search import Live, Objective, Task, find_weights, hold_out
 from intarsia.merge.search.weights import ranges_of, switch
+from intarsia.site import site_at
 from intarsia.train.data import load_examples
 
 RANGES = ranges_of([0.0, 1.5])
@@ -83,6 +84,44 @@ def test_the_found_weights_beat_the_given_ones_and_the_model_is_the_base_again(w
             assert found[rows]["retained"][which] == pytest.approx(by_hand)
             assert found["value"][rows][which] == pytest.approx(min(by_hand.values()))
     assert outcome.searched.gains != outcome.held_out.gains, "other rows"
+
+
+def test_where_a_change_depends_on_the_weight_each_trial_starts_from_the_base(world):
+    """DoRA's change under TIES is computed from the base's weights, which hold another trial's merge in between."""
+    loaded, rows, adapters = world
+    ia.attach(loaded.model, ia.Dora(ia.Lora(rank=2)), name="lengths")
+    with torch.no_grad():
+        for parameter in (p for p in loaded.model.parameters() if p.requires_grad):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    lengths = ia.export(loaded.model, "lengths")
+    ia.detach(loaded.model, "lengths")
+    plan = merge.settle(
+        {"ayes": adapters["ayes"], "lengths": lengths},
+        merge.Wanted("ties", merge.plan.settings("parameters", {"weight": 0.5})),
+    )
+    data = {"ayes": rows["ayes"], "lengths": rows["bees"]}
+    base = {weight: site_at(loaded.model, weight.removesuffix(".weight")).weight.detach() for weight in plan.rules}
+    task = Task(plan, data, data, RANGES, base=base)
+    deck = ia.Deck(loaded.model)
+    deck.add(**plan.adapters)
+    set_in, live = switch(task, deck), Live(loaded.model, loaded.tokenizer)
+    points = [task.space.start, dict(zip(task.space.start, (0.1, 1.4), strict=True)), task.space.start]
+    found = []
+    for point in points:
+        set_in(point)
+        found.append(live.losses(data))
+    assert found[0] == found[2]
+    assert found[0] != found[1]
+    deck.off()
+
+
+def test_weights_of_0_are_the_base_whatever_the_rule(world):
+    loaded, _, adapters = world
+    task = task_of(world, "ties")
+    deck = ia.Deck(loaded.model)
+    deck.add(**adapters)
+    switch(task, deck)(dict.fromkeys(task.space.start, 0.0))
+    assert deck.active == {}
 
 
 def test_no_row_is_on_both_sides(world):
