@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -134,6 +136,13 @@ def test_no_row_is_on_both_sides(world):
         assert len(numbers[1]) == 8
     with pytest.raises(IntarsiaError, match="ayes: 1 rows are too few"):
         hold_out({"ayes": rows["ayes"][:1]}, 0.5, 0)
+
+
+def test_held_out_rows_that_are_searched_on_are_refused(world):
+    loaded, rows, _ = world
+    task = dataclasses.replace(task_of(world), held_out={name: examples[:3] for name, examples in rows.items()})
+    with pytest.raises(IntarsiaError, match="held-out rows are among those that are searched on"):
+        find_weights(task, Live(loaded.model, loaded.tokenizer), trials=3)
 
 
 @pytest.mark.parametrize(

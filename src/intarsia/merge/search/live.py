@@ -69,6 +69,21 @@ def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     return search, report
 
 
+def check_apart(search: Rows, report: Rows) -> None:
+    """Raises IntarsiaError where rows to report on are among those to search on: a report on them would flatter."""
+    for skill, examples in report.items():
+        seen = {_content(example) for example in search.get(skill, ())}
+        if twice := [example for example in examples if _content(example) in seen]:
+            raise IntarsiaError(
+                f"{skill}: {len(twice)} of {len(examples)} held-out rows are among those that are searched on, row "
+                f"{twice[0].number} first; give other rows, or leave held_out out and a share of data is held out"
+            )
+
+
+def _content(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(example.input_ids), tuple(example.labels)
+
+
 def drawn(rows: Rows, most: int | None, seed: int) -> Rows:
     """At most so many rows of every skill, drawn by the seed; None: all of them."""
     if most is None:

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from intarsia.merge.making import made
 from intarsia.merge.plan import WEIGHT, Plan, Wanted, settings, settle
 from intarsia.merge.rule import Rule, fields_of
 from intarsia.merge.rules.sum import Sum
-from intarsia.merge.search.live import Live, Rows
+from intarsia.merge.search.live import Live, Rows, check_apart
 from intarsia.merge.search.objective import Gains, Objective
 from intarsia.merge.search.outcome import Compared, Outcome
 from intarsia.merge.search.search import Search, search
@@ -55,7 +56,7 @@ class Task:
         check_skills(self.plan.adapters, self.rows)
         self.objective.check(self.rows)
 
-    @property
+    @cached_property
     def space(self) -> Space:
         """What is searched. Raises IntarsiaError where the merge as given has no single number to start from."""
         return space_of(start_of(self.plan, list(self.ranges)), self.ranges, self.points)
@@ -194,11 +195,12 @@ def find_weights(
     """Search, and measure what was found on rows that no trial has seen. The model holds the base before and after.
 
     Raises:
-        IntarsiaError: for adapters that do not fit the model, a skill in which its adapter gains nothing, and what
-            :func:`intarsia.merge.search.search.search` refuses.
+        IntarsiaError: for held-out rows that are searched on too, adapters that do not fit the model, a skill in which its
+            adapter gains nothing, and what :func:`intarsia.merge.search.search.search` refuses.
         KeyboardInterrupt: after Ctrl-C, saying how to go on.
     """
     progress = progress or Progress()
+    check_apart(task.rows, task.held_out)
     deck = Deck(live.model)
     deck.add(**task.plan.adapters)
     set_in = switch(task, deck)
