@@ -9,6 +9,7 @@ Shapes: n entries of the union (O I of a dense edit), m adapters.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,8 +114,8 @@ class Elementwise(Rule):
 
 
 def total_weight(where: Where) -> float:
-    """The sum of the weights, to divide by. Raises IntarsiaError where it is 0."""
-    if abs(where.total) < 1e-8:
+    """The sum of the weights, to divide by. Raises IntarsiaError where it is 0, or no number."""
+    if not 1e-8 <= abs(where.total) < math.inf:
         raise IntarsiaError(
             f"{where.name}: the weights sum to {where.total:g}, and normalize divides by that; change them, or set "
             "normalize: false"

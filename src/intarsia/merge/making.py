@@ -94,7 +94,7 @@ def _merged(planned: Plan, weight: str, W: Tensor | None) -> Merged | None:
         return None
     found = rule.merge(terms, Where(weight, planned.wanted.seed, planned.total(weight)))
     by = rule.lambda_
-    found = found if by == 1 else Merged(scale(found.edit, by), by**2 * found.lost, by**2 * found.of)
+    found = found if by == 1 else Merged(scale(found.edit, by), by * by * found.lost, by * by * found.of)
     _check_finite(weight, found.edit, "weights or lambda are too large")
     return found
 

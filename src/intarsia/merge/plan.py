@@ -10,7 +10,7 @@ from typing import Any
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.merge.rule import Rule, changed, fields_of, find
 from intarsia.merge.settings import Setting, layers_of, setting
-from intarsia.store import Adapter
+from intarsia.store import MERGE, Adapter
 
 WEIGHT = "weight"  # the one parameter that is no field of a rule
 SHOWN = 6  # faults in one message
@@ -54,7 +54,7 @@ class Plan:
 
     def total(self, weight: str) -> float:
         """The sum of the weights of all adapters there."""
-        return math.fsum(share.weight for share in self.shares[weight].values())
+        return sum(sorted(share.weight for share in self.shares[weight].values()))  # in one order, whatever theirs is
 
     def lineage(self) -> dict[str, Any]:
         """Which adapters, with which digests and parameters, as plain JSON values."""
@@ -74,11 +74,11 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """The rule and its parameters, as the merged adapter's method."""
         rules = set(self.rules.values())
-        found: dict[str, Any] = {"name": "merge"}
+        found: dict[str, Any] = {"name": MERGE}
         for key, value in next(iter(rules)).config().items():
             same = key == "rule" or len({getattr(rule, fields_of(type(rule))[key].name) for rule in rules}) == 1
             found[key] = value if same else self.wanted.shared[key].plain
-        return found | {"seed": self.wanted.seed}
+        return found | ({"seed": self.wanted.seed} if type(next(iter(rules))).draws else {})
 
 
 def settle(adapters: Mapping[str, Adapter], wanted: Wanted) -> Plan:

@@ -24,7 +24,7 @@ from intarsia.method import Start, option
 from intarsia.registry import System
 from intarsia.store import Adapter
 
-KINDS = ("sparse", "low rank", "dense", "depends on the weight")
+KINDS = ("sparse", "low rank", "dense", "weight-dependent")
 
 
 def each(default: Any, help: str) -> Any:
@@ -88,6 +88,7 @@ class Rule(ABC):
     paper: ClassVar[str]
     kind: ClassVar[str] = "merge rule"
     role: ClassVar[str] = "merge"
+    draws: ClassVar[bool] = False  # whether the seed matters
     takes: ClassVar[frozenset[str]] = frozenset(KINDS[:3])  # of KINDS
 
     def __init_subclass__(cls, **given: Any) -> None:

@@ -227,8 +227,9 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
     for i, part in enumerate(path):
         at: Any = _place(here, part, assignment)
         below = here[at] if isinstance(here, list) else here.get(at)
-        if below is None or (isinstance(below, str) and i == 0 and part in SHORT):
-            below = {} if below is None else {SHORT[part]: below}
+        short = SHORT.get(path[i - 1] if isinstance(here, list) else part) if i < 2 else None
+        if below is None or (isinstance(below, str) and short):
+            below = {} if below is None else {short: below}
         if not isinstance(below, Mapping | list):
             raise IntarsiaError(f"override {assignment!r}: {'.'.join(path[: i + 1])} is a value, not a section")
         here[at] = list(below) if isinstance(below, list) else dict(below)
@@ -248,6 +249,7 @@ def _place(section: Any, key: str, assignment: str) -> Any:
 SHORT = {
     "data": "train",
     "method": "name",
+    "adapters": "adapter",  # each of a list
 }  # sections that may be written as one word, and what the word then is
 
 

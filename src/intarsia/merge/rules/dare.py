@@ -28,6 +28,7 @@ class Dare(Elementwise):
     )
 
     name, title, paper = "dare", "DARE", "arXiv:2311.03099"
+    draws = True
     formula = "lambda sum w_i b_i D_i / density"
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ class Della(Elementwise):
     normalize: bool = option(True, "divide by the sum of the weights of those that take part")
 
     name, title, paper = "della", "DELLA", "arXiv:2406.11617"
+    draws = True
     formula = "lambda sum [sign = s] w_i b_i D_i / p_i / sum [sign = s] w_i"
 
     def __post_init__(self) -> None:

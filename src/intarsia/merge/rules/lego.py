@@ -37,6 +37,7 @@ class Lego(Rule):
     )
 
     name, id, title, paper = "lego", "lora-lego", "LoRA-LEGO", "arXiv:2409.16167"
+    draws = True
     formula = "lambda sqrt(r / k) sum b_c a_c, of k clusters of ranks"
     takes = frozenset({KINDS[1]})
 
