@@ -48,7 +48,7 @@ def shown(table) -> str:
 def test_the_sentence_says_what_holds_on_other_rows():
     said = outcome().sentence()
     assert (
-        "On 24 rows that the search never saw, the worst skill retains 50.0% of its gain; with the weights as given 40.0%"
+        "On 24 rows that the search never saw, the worst skill's retained share is 50.0%; with the weights as given 40.0%"
         in said
     )
     assert "On the rows of the search: 50.0% to 60.0%" in said

@@ -82,6 +82,11 @@ class Objective:
         c = self.importance or dict.fromkeys(retained, 1.0)
         return sum(c[skill] * share for skill, share in retained.items()) / sum(c.values())
 
+    @property
+    def title(self) -> str:
+        """For a sentence: "the worst skill's" (retained share)."""
+        return {"worst": "the worst skill's", "mean": "the mean", "weighted": "the weighted mean"}[self.name]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"name": self.name} | ({"importance": dict(self.importance)} if self.importance else {})

@@ -101,10 +101,9 @@ class Outcome:
         value = self.to_dict()["value"]
         seen, unseen = value["search"], value["held_out"]
         rows = sum(self.held_out.rows.values())
-        name = {"worst": "the worst skill", "mean": "the mean skill", "weighted": "the weighted mean of the skills"}
         found = (
-            f"On {rows} rows that the search never saw, {name[self.search.objective.name]} retains {unseen['found']:.1%} of its "
-            f"gain; with the weights as given {unseen['given']:.1%}."
+            f"On {rows} rows that the search never saw, {self.search.objective.title} retained share is {unseen['found']:.1%}; "
+            f"with the weights as given {unseen['given']:.1%}."
         )
         if self.search.best.number == 0:
             return f"No trial was better than the weights as given, which are kept. {found}"

@@ -254,10 +254,8 @@ class _Told:
         self.first = done - 1 if self.first is None else self.first
         left = (time.monotonic() - self.begun) / (done - self.first) * (self.trials - done)
         best, start = found.value(found.best), found.value(found.start)
-        name = found.objective.name
-        self.progress.work(
-            done, self.trials, f"{name} skill retains {best:.1%} (as given {start:.1%})  {clock(left)} left  trial"
-        )
+        said = f"{found.objective.title} retained share {best:.1%}, as given {start:.1%}, {clock(left)} left, trial"
+        self.progress.work(done, self.trials, said)
 
 
 def _named(what: str, measured: Callable[[], Gains]) -> Gains:
