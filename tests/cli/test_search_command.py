@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -135,3 +136,12 @@ def test_mistakes(intarsia, skilled, tmp_path):
         assert (ended.code, ended.out) == (2, ""), words
         assert said in ended.err, (words, ended.err)
     assert list(tmp_path.iterdir()) == [recipe], "nothing was written"
+
+
+def test_without_the_extra_it_is_said_before_any_work(intarsia, skilled, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    ended = intarsia("merge", skilled.recipe(tmp_path), *flags(skilled))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.strip() == (
+        'error: the search needs the package optuna, which is not installed: pip install "intarsia[search]"'
+    )

@@ -47,8 +47,9 @@ def wanted(
 
 def check(ready: Plan, config: SearchConfig) -> None:
     """Raise IntarsiaError for whatever can be known to fail before a model is loaded."""
-    from intarsia.merge.search import check_skills
+    from intarsia.merge.search import check_installed, check_skills
 
+    check_installed()
     check_skills(ready.adapters, config.data)
     if config.held_out:
         check_skills(ready.adapters, config.held_out)

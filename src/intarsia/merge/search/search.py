@@ -115,7 +115,7 @@ def search(
     """
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise IntarsiaError(f"trials={trials!r}; expected a number of trials, 1 or more")
-    _optuna()
+    check_installed()
     objective.check(gains.base)
     points = _Points(space, seed, [space.start, *(space.checked(point) for point in first)])
     done = list(file.trials) if file is not None else []
@@ -227,6 +227,11 @@ def _interrupted(done: int, trials: int, file: TrialFile | None) -> str:
     if file is None:
         return f"interrupted after {done} of {trials} trials"
     return f"interrupted after {done} of {trials} trials, which are kept in {file.path}; the same command goes on from there"
+
+
+def check_installed() -> None:
+    """Raises IntarsiaError where the packages of the extra ``intarsia[search]`` are not there."""
+    _optuna()
 
 
 def _optuna() -> Any:

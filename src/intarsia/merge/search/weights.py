@@ -20,7 +20,7 @@ from intarsia.merge.rules.sum import Sum
 from intarsia.merge.search.live import Live, Rows, check_apart
 from intarsia.merge.search.objective import Gains, Objective
 from intarsia.merge.search.outcome import Compared, Outcome
-from intarsia.merge.search.search import Search, search
+from intarsia.merge.search.search import Search, check_installed, search
 from intarsia.merge.search.space import Point, Space, parameters_at, space_of
 from intarsia.merge.search.trials import TrialFile
 from intarsia.store import Adapter
@@ -200,6 +200,7 @@ def find_weights(
         KeyboardInterrupt: after Ctrl-C, saying how to go on.
     """
     progress = progress or Progress()
+    check_installed()
     check_apart(task.rows, task.held_out)
     deck = Deck(live.model)
     deck.add(**task.plan.adapters)
