@@ -70,7 +70,7 @@ def test_ctrl_c_keeps_the_trials_and_says_how_to_go_on(intarsia, skilled, tmp_pa
 
     def interrupted(live, rows):
         calls.append(rows)
-        if len(calls) == 6 + 5:  # base and two adapters on two sets of rows; the fifth trial
+        if len(calls) == 2 * 4 + 5:  # the base on two skills and each adapter on its own, twice; the fifth trial
             raise KeyboardInterrupt
         return measure(live, rows)
 
@@ -83,7 +83,7 @@ def test_ctrl_c_keeps_the_trials_and_says_how_to_go_on(intarsia, skilled, tmp_pa
     assert "4 trials are in" in ended.err
     assert len(ended.json["trials"]) == 9
     reported = len({0, ended.json["found_in_trial"]})
-    assert len(calls) == 11 + 5 + reported, "neither the first trials nor base and adapters are measured again"
+    assert len(calls) == 13 + 5 + reported, "neither the first trials nor base and adapters are measured again"
 
 
 def test_other_settings_are_refused_and_restart_begins_anew(intarsia, skilled, tmp_path):

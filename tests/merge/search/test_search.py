@@ -67,6 +67,8 @@ def test_trial_0_is_the_start_and_the_best_is_never_worse():
     found = search(two(start=0.9), lambda p: {"a": 1 + abs(p[A] - 0.9), "b": 1 + abs(p[B] - 0.9)}, GAINS, trials=25)
     assert found.start.point == {A: 0.9, B: 0.9}
     assert found.best is found.start, "nothing is better than the optimum, and the first of equals is taken"
+    flat = search(two(), lambda p: {"a": 2.0, "b": 1.5}, GAINS, trials=9)
+    assert flat.best is flat.start, "of equals the first: nothing is changed without a reason"
     assert found.history == sorted(found.history)
     assert found.history[-1] == found.value(found.best)
 
@@ -206,8 +208,8 @@ def test_a_dimension_and_its_inverse(low, width, where, at):
 
 
 def test_a_gradient_over_the_layers_is_found_point_by_point():
-    start = {"a": {"weight": 0.5, "density": 0.2}, "b": {"weight": 1}}
-    ranges = {"weight": (0, 1), "density": (0.1, 1)}
+    start = {"a": {"weight": 0.5, "density": 0.2}, "b": {"weight": 1.0}}
+    ranges = {"weight": (0.0, 1.0), "density": (0.1, 1.0)}
     plain, gradients = space_of(start, ranges), space_of(start, ranges, points=2)
     assert list(plain.start) == ["weight of a", "density of a", "weight of b"]
     assert list(gradients.start) == [f"{of}, point {i}" for of in plain.start for i in (0, 1)]

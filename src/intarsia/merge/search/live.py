@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from intarsia.errors import IntarsiaError
-from intarsia.evaluate import held_out_loss
+from intarsia.evaluate import Progress, held_out_loss
 from intarsia.merge.search.objective import Gains
 from intarsia.train.data import Example, split
 
@@ -33,7 +33,7 @@ class Live:
             for skill, examples in rows.items()
         }
 
-    def gains(self, rows: Rows, use: Use) -> Gains:
+    def gains(self, rows: Rows, use: Use, progress: Progress | None = None) -> Gains:
         """The losses of the base, and of each adapter alone on its own skill. At the end the base is set in.
 
         Args:
@@ -42,15 +42,17 @@ class Live:
         Raises:
             IntarsiaError: for an adapter that gains nothing.
         """
+        wanted = [(adapter, skill) for adapter in (None, *rows) for skill in rows if adapter in (None, skill)]
+        found: dict[bool, dict[str, float]] = {True: {}, False: {}}  # whether of the base
         try:
-            use(None)
-            base, single = self.losses(rows), {}
-            for skill, examples in rows.items():
-                use(skill)
-                single |= self.losses({skill: examples})
+            for done, (adapter, skill) in enumerate(wanted, 1):
+                use(adapter)
+                found[adapter is None] |= self.losses({skill: rows[skill]})
+                if progress:
+                    progress(done, len(wanted), f"{adapter or 'base'} on {skill}")
         finally:
             use(None)
-        return Gains(base, single)
+        return Gains(found[True], found[False])
 
 
 def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:

@@ -17,7 +17,7 @@ from intarsia.merge.making import made
 from intarsia.merge.plan import WEIGHT, Plan, Wanted, settings, settle
 from intarsia.merge.rule import Rule, fields_of
 from intarsia.merge.rules.sum import Sum
-from intarsia.merge.search.live import Live, Rows, check_apart
+from intarsia.merge.search.live import Live, Rows, Use, check_apart
 from intarsia.merge.search.objective import Gains, Objective
 from intarsia.merge.search.outcome import Compared, Outcome
 from intarsia.merge.search.search import Search, check_installed, search
@@ -217,9 +217,7 @@ def find_weights(
         gains = {}
         for what, rows in (("search", task.rows), ("held out", task.held_out)):
             known = file.gains.get(what) if file is not None else None
-            if known is None:
-                progress.say(f"the base, and each adapter alone: {_counted(rows)}, {what}")
-            gains[what] = known or _named(what, lambda rows=rows: live.gains(rows, use))  # type: ignore[misc]
+            gains[what] = known or _gains(what, rows, live, use, progress)
             if known is None and file is not None:
                 file.add_gains(what, gains[what])
         found = search(
@@ -259,9 +257,10 @@ class _Told:
         self.progress.work(done, self.trials, said)
 
 
-def _named(what: str, measured: Callable[[], Gains]) -> Gains:
+def _gains(what: str, rows: Rows, live: Live, use: Use, progress: Progress) -> Gains:
+    progress.say(f"the base, and each adapter alone: {_counted(rows)}, {what}")
     try:
-        return measured()
+        return live.gains(rows, use, progress.work)
     except IntarsiaError as error:
         raise IntarsiaError(f"{what} rows: {error}") from error
 
