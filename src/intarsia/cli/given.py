@@ -51,6 +51,21 @@ def read_adapters(given: Iterable[str]) -> dict[str, Adapter]:
     return found
 
 
+def named_files(option: str, given: Iterable[str]) -> dict[str, str]:
+    """NAME=FILE, several times: rows of the skill of the adapter of that name. Raises IntarsiaError where it is not that."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, sign, file = text.partition("=")
+        if not sign or not name or not file:
+            raise IntarsiaError(
+                f"{option} {text}: expected NAME=FILE, rows of the skill that the adapter NAME was trained for"
+            )
+        if name in found:
+            raise IntarsiaError(f"{option}: {name} is given twice")
+        found[name] = file
+    return found
+
+
 def base_of(adapters: Mapping[str, Adapter], model: str | None) -> str:
     """The model to load: the one that was named, else the one that all adapters say they were made on."""
     bases = {name: adapter.base.digest for name, adapter in adapters.items()}
