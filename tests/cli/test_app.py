@@ -39,7 +39,14 @@ SURFACE = {
         ["model", "adapters"],
         ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--system", "--plain", "--json"],
     ),
-    "show": (["adapter"], ["--model", "--spectrum", "--plot", "--json"]),
+    "show": (
+        ["adapter"],
+        ["--model", "--spectrum", "--plot", "--html", "--intruders", "--top", "--epsilon", "--side", "--json"],
+    ),
+    "repair": (
+        ["adapter", "output"],
+        ["--model", "--lambda", "--top", "--epsilon", "--side", "--rank", "--overwrite", "--json"],
+    ),
     "convert": (
         ["source", "output"],
         ["--to", "--base", "--rank", "--dense", "--dtype", "--overwrite", "--json"],
@@ -102,8 +109,8 @@ def test_version(intarsia):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trainn"], "no command 'trainn'; did you mean 'train'?"),
-        (["xyz"], "no command 'xyz'; known: bench, chat, check, convert, demo, eval, methods, registry, show, train"),
+        (["trainn"], "no command 'trainn'; did you mean 'train'"),
+        (["xyz"], "no command 'xyz'; known: bench, chat, check, convert, demo, eval, methods, registry, repair, show, train"),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),
         (["registry", "lst"], "no command 'lst'; did you mean 'list'?"),

@@ -1,5 +1,7 @@
 """Analysis of finished adapters: what they change, by how much, of which rank, and what rounding leaves of it."""
 
+from intarsia.analyze.alignment import subspace_alignment
+from intarsia.analyze.assignment import assignment
 from intarsia.analyze.change import (
     Group,
     Rounding,
@@ -12,19 +14,31 @@ from intarsia.analyze.change import (
     spectra,
     weight_changes,
 )
-from intarsia.analyze.picture import picture
+from intarsia.analyze.intruders import SVD, Direction, Intruders, adapter_intruders, check_settings, intruders
+from intarsia.analyze.known import ANALYSES, Analysis
+from intarsia.analyze.matching import Matching, barrier, between, permuted, weight_matching
+from intarsia.analyze.norms import HeadNorms, NormReport, ScoreBound, norm_report
+from intarsia.analyze.nuclear_norm import hidden_states, matrix_entropy, matrix_nuclear_norm
+from intarsia.analyze.picture import Heat, check_ending, heat, intruder_heat, picture
+from intarsia.analyze.rankme import rankme, rankme_of
+from intarsia.analyze.repair import Repaired, check_factor, repair, repaired, truncated
+from intarsia.analyze.report import report
 from intarsia.analyze.spectrum import (
     change_of,
     effective_rank,
     energy_share,
     needs_weight,
+    numerical_rank,
     singular_values,
     spectrum,
     stable_rank,
 )
 
 __all__ = [
-    "Group", "Rounding", "Spectrum", "WeightChange", "change_norm", "change_of", "effective_rank",
-    "energy_share", "group", "invisible_share", "needs_weight", "picture", "rounding", "singular_values",
-    "spectra", "spectrum", "stable_rank", "weight_changes",
+    "ANALYSES", "SVD", "Analysis", "Direction", "Group", "HeadNorms", "Heat", "Intruders", "Matching", "NormReport", "Repaired",
+    "Rounding", "ScoreBound", "Spectrum", "WeightChange", "adapter_intruders", "assignment", "barrier", "between", "change_norm",
+    "change_of", "check_ending", "check_factor", "check_settings", "effective_rank", "energy_share", "group", "heat", "hidden_states",
+    "intruder_heat", "intruders", "invisible_share", "matrix_entropy", "matrix_nuclear_norm", "needs_weight", "norm_report", "numerical_rank",
+    "permuted", "picture", "rankme", "rankme_of", "repair", "repaired", "report", "rounding", "singular_values", "spectra",
+    "spectrum", "stable_rank", "subspace_alignment", "truncated", "weight_changes", "weight_matching",
 ]  # fmt: skip

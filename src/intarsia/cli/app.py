@@ -17,6 +17,7 @@ from intarsia.cli.convert import convert
 from intarsia.cli.demo import demo
 from intarsia.cli.evaluate import evaluate
 from intarsia.cli.methods import methods
+from intarsia.cli.repair import repair
 from intarsia.cli.show import show
 from intarsia.cli.train import train
 from intarsia.errors import ElsewhereError, IntarsiaError, nearest
@@ -127,6 +128,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "chat": chat,
     "show": show,
+    "repair": repair,
     "convert": convert,
     "methods": methods,
     "check": check,
