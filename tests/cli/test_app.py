@@ -110,7 +110,10 @@ def test_version(intarsia):
     ("words", "said"),
     [
         (["trainn"], "no command 'trainn'; did you mean 'train'"),
-        (["xyz"], "no command 'xyz'; known: bench, chat, check, convert, demo, eval, methods, registry, repair, show, train"),
+        (
+            ["xyz"],
+            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, methods, registry, repair, show, train",
+        ),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),
         (["registry", "lst"], "no command 'lst'; did you mean 'list'?"),

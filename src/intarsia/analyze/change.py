@@ -219,11 +219,10 @@ def base_weight(weights: Mapping[str, Tensor], name: str, edit: Edit) -> Tensor:
 
 def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange:
     norm = None if weight is None and needs_weight(edit) else change_norm(edit, weight)
-    module, layer = module_and_layer(name)
     return WeightChange(
         name=name,
-        module=module,
-        layer=layer,
+        module=module_of(name),
+        layer=layer_of(name),
         edit=edit.kind,
         shape=edit.shape,
         touched=edit.touched,
@@ -234,10 +233,14 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
     )
 
 
-def module_and_layer(name: str) -> tuple[str, int | None]:
-    """(the last part of the layer's name, the first number in it): (q_proj, 3) of model.layers.3.self_attn.q_proj.weight."""
-    numbers = re.findall(r"(?<=\.)\d+(?=\.)", f".{name}")
-    return name.removesuffix(".weight").rpartition(".")[2], int(numbers[0]) if numbers else None
+def module_of(weight: str) -> str:
+    """The last part of the name of a weight's layer: ``q_proj``."""
+    return weight.removesuffix(".weight").rpartition(".")[2]
+
+
+def layer_of(weight: str) -> int | None:
+    """The first number in a weight's name, that of its layer; None where there is none."""
+    return int(number[0]) if (number := re.findall(r"(?<=\.)\d+(?=\.)", f".{weight}")) else None
 
 
 TOP = (1, 4, 16, 64)  # how many of the largest singular values the shares are told for

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia.analyze.change import Spectrum, WeightChange, module_and_layer
+from intarsia.analyze.change import Spectrum, WeightChange, layer_of, module_of
 from intarsia.analyze.intruders import Intruders
 from intarsia.errors import IntarsiaError
 
@@ -65,7 +65,7 @@ def intruder_heat(looked: Sequence[Intruders]) -> Heat:
 
 
 def _heat(values: Mapping[str, float], title: str) -> Heat:
-    places = {name: module_and_layer(name) for name in values}
+    places = {name: (module_of(name), layer_of(name)) for name in values}
     often = {module for (module, _), count in Counter(places.values()).items() if count > 1}
     cells = {
         (layer, _after_the_layer(name) if module in often else module): values[name]
@@ -196,7 +196,7 @@ def _draw_directions(axes: Any, looked: Sequence[Intruders], epsilon: float | No
     if epsilon is not None:
         axes.axhline(epsilon, color="#666666", linewidth=0.8, linestyle=(0, (4, 4)))
     axes.set_ylim(0, 1.02)
-    axes.set_title("leading directions of the changed weights: likeness to the base's", fontsize=10)
+    axes.set_title("likeness of the leading directions to the base's", fontsize=10)
     axes.set_xlabel("j")
     axes.legend(fontsize=8, frameon=False, loc="lower left")
     _bare(axes)

@@ -56,7 +56,7 @@ def _headline(adapter: Adapter, whole: Group) -> str:
     method = adapter.method.get("name", "an adapter")
     moved = f", by {whole.relative:.1%} of their size" if whole.relative is not None else ""
     share = adapter.touched / adapter.size if adapter.size else 0.0
-    return f"{adapter.name}: {method} changes up to {share:.2%} of {len(adapter.edits)} weights{moved}."
+    return f"{adapter.name}: {method} changes up to {share:.2%} of the entries of {len(adapter.edits)} weights{moved}."
 
 
 def _tiles(
@@ -71,8 +71,8 @@ def _tiles(
         text = f"of the changed entries vanish when set into the {adapter.base.dtype} base"
         shown.append((f"{whole.invisible_share:.1%}", text, whole.invisible_share < 0.5))
     if looked:
-        count = sum(len(one.found) for one in looked)
-        shown.append((str(count), f"intruder dimensions in {sum(bool(one.found) for one in looked)} weights", True))
+        count, weights = sum(len(one.found) for one in looked), sum(bool(one.found) for one in looked)
+        shown.append((str(count), f"intruder dimension{'' if count == 1 else 's'}, in {weights} of {len(looked)} weights", True))
     return shown
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from intarsia.store import Adapter
     from intarsia.train.progress import Progress
 
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 MOST = 20  # rows of the table; the rest is counted
 
 Top = Annotated[int, typer.Option("--top", min=1, help="Leading directions of each weight to look at.")]
@@ -28,10 +29,17 @@ def base_weights(adapter: Adapter, model: str, progress: Progress, *, named: boo
     from intarsia.model import check_fits, digest
     from intarsia.site import site_at
 
-    loaded = given.load_model(model, progress, named=named, adapters=[adapter.name]).model
+    # An adapter may have been made on the model in another dtype than its file's; whether it was, the digest says.
+    dtype = adapter.base.dtype if adapter.base.dtype in FLOATS else "auto"
+    loaded = given.load_model(model, progress, named=named, adapters=[adapter.name], dtype=dtype).model
     check_fits(loaded, adapter, adapter.name, digest(loaded))
     # On the CPU, where an adapter's numbers are.
     return {name: site_at(loaded, name.removesuffix(".weight")).weight.detach().cpu() for name in adapter.edits}
+
+
+def named(count: int) -> str:
+    """``1 intruder dimension``, ``2 intruder dimensions``."""
+    return f"{count} intruder dimension{'' if count == 1 else 's'}"
 
 
 def counts(looked: Sequence[Intruders], top: int, epsilon: float, side: str) -> dict[str, Any]:
@@ -61,7 +69,7 @@ def print_table(looked: Sequence[Intruders], top: int, epsilon: float, side: str
         )
         return
     weights = sum(bool(one.found) for one in looked)
-    out.print(f"{len(found)} intruder dimensions in {weights} of {len(looked)} weights ({settings})", markup=False)
+    out.print(f"{named(len(found))} in {weights} of {len(looked)} weights ({settings})", markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("weight", no_wrap=True, style="cyan")
     for column in ("j", "singular value", "likeness", "share of the weight's energy"):

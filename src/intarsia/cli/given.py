@@ -77,14 +77,20 @@ def base_of(adapters: Mapping[str, Adapter], model: str | None) -> str:
     return sources[0]
 
 
-def load_model(name: str, progress: Progress, *, named: bool = True, adapters: Sequence[str] = ()) -> Pretrained:
-    """Load a model, on the GPU where there is one. ``named=False``: the name comes from an adapter's file."""
+def load_model(
+    name: str, progress: Progress, *, named: bool = True, adapters: Sequence[str] = (), dtype: str = "auto"
+) -> Pretrained:
+    """Load a model, on the GPU where there is one. ``named=False``: the name comes from an adapter's file.
+
+    ``dtype``: ``auto`` for that of the model's file.
+    """
     import torch
 
     from intarsia import pretrained
 
     try:
-        return pretrained.load(name, device="cuda" if torch.cuda.is_available() else None, progress=progress.say)
+        device = "cuda" if torch.cuda.is_available() else None
+        return pretrained.load(name, dtype=dtype, device=device, progress=progress.say)
     except IntarsiaError as error:
         if named:
             raise

@@ -60,7 +60,7 @@ def repair(
     directions.print_table(looked, top, epsilon, side)
     loss = f"{made.loss:.1%} of their change is lost by cutting it to rank {rank}" if made.loss else "exact"
     what = (
-        f"{made.intruders} intruder dimensions times {factor:g}, {loss}"
+        f"{directions.named(made.intruders)} times {factor:g}, {loss}"
         if made.intruders
         else "nothing to repair: a copy"
     )
