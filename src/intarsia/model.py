@@ -525,6 +525,12 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
 
 def _made(adapter: store.Adapter, where: str) -> Attached:
     """How a saved adapter was attached."""
+    if adapter.method.get("name") == store.MERGE:
+        made_of = ", ".join(adapter.made_of) or "others"
+        raise IntarsiaError(
+            f"{where} was merged of {made_of}, and nothing trains on from a merge. Set it into the weights: "
+            f"intarsia.Deck(model).add({where!r}); or load one of those that it was made of"
+        )
     method, about = registry.build(adapter.method), adapter.about
     targets, exclude, seed = about.get("targets", []), about.get("exclude", []), about.get("seed", 0)
     names = all(

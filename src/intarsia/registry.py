@@ -1,4 +1,4 @@
-"""Methods by name: ours, and those of other packages (entry-point group ``intarsia.methods``).
+"""Methods by name: ours, and those of other packages (entry-point group ``intarsia.methods``); and what is no method.
 
 A *variant* is a method under a further name with some fields set: rsLoRA is LoRA with another scaling. It is data, not
 a class; what is built, saved and shown later is the method itself.
@@ -22,6 +22,32 @@ _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
 GROUP = "intarsia.methods"
+ROOMS = ("intarsia.analyze", "intarsia.merge")  # that have systems which are no methods
+
+
+@dataclass(frozen=True)
+class System:
+    """What works here and is no method, such as a merge rule or an analysis: what ``intarsia methods`` tells of it.
+
+    Attributes:
+        id: in the list of all systems.
+        role: merge, compress, analysis, ...
+        about: name of the module whose docstring tells of it in full.
+        mergeable: whether what comes of it can be set into the base.
+        fields: its settings, by the names that users give them; their help is in the metadata.
+        facts: what else is worth knowing of it, as plain JSON values.
+    """
+
+    id: str
+    kind: str
+    role: str
+    title: str
+    formula: str
+    paper: str
+    about: str
+    mergeable: bool = False
+    fields: tuple[tuple[str, dataclasses.Field[Any]], ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +128,12 @@ def variants() -> dict[str, Variant]:
     return {name: v for name, v in sorted(_VARIANTS.items()) if v.method in known and name not in known}
 
 
+def systems() -> dict[str, System]:
+    """What works here besides methods, by id: each room's own ``systems()``."""
+    rooms = (importlib.import_module(room) for room in ROOMS)  # by name, as the methods: they stand above this module
+    return {system.id: system for room in rooms for system in room.systems()}
+
+
 def find(name: str) -> type[Method]:
     """The method of that name; for a variant, the method that it is a setting of.
 
@@ -138,12 +170,17 @@ def build(config: str | Mapping[str, Any]) -> Method:
                 f"{variant.name} is {cls.name} with {key}={variant.fields[key]!r}, so {key} cannot be given; "
                 f"leave it out, or name the method {cls.name!r}"
             )
-        values[key] = _fit(cls.name, fields[key], value)
+        values[key] = fit(cls.name, fields[key], value)
     return cls(**values)
 
 
-def _fit(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in the field's type; text from a command line or from YAML (``2e-3``) becomes a number."""
+def fit(owner: str, field: dataclasses.Field[Any], value: Any, called: str = "") -> Any:
+    """The value in the field's type; text from a command line or from YAML (``2e-3``) becomes a number.
+
+    Raises:
+        IntarsiaError: for a value of another type, that begins with the ``owner`` of the field (``called`` otherwise by users).
+    """
+    called = called or field.name
     kinds = _type_names(field.type)
     if "Method" in kinds:
         return build(value)
@@ -154,9 +191,9 @@ def _fit(method: str, field: dataclasses.Field[Any], value: Any) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise IntarsiaError(f"{method}: {field.name} is too large a number: {error}") from error
+            raise IntarsiaError(f"{owner}: {called} is too large a number: {error}") from error
     if found not in kinds:
-        raise IntarsiaError(f"{method}: {field.name}={value!r} is a {found}; expected {' or '.join(sorted(kinds))}")
+        raise IntarsiaError(f"{owner}: {called}={value!r} is a {found}; expected {' or '.join(sorted(kinds))}")
     return value
 
 

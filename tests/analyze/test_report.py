@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from intarsia.analyze import (
-    ANALYSES,
     adapter_intruders,
     heat,
     intruder_heat,
     intruders,
     report,
     spectra,
+    systems,
     weight_changes,
 )
 from intarsia.edits import Edit, elements
@@ -122,11 +122,13 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_the_analyses_that_are_listed_are_there():
-    assert sorted(ANALYSES) == [
+    rows = {row.id: row for row in systems()}
+    assert sorted(rows) == [
         "intruder-dimensions", "lora-complexity-bounds", "matrix-nuclear-norm", "rankme", "wm-lmc-analysis"
     ]  # fmt: skip
-    for key, row in ANALYSES.items():
-        module, _, name = row.function.rpartition(".")
+    for row in rows.values():
+        module, _, name = row.facts["function"].rpartition(".")
         assert callable(getattr(importlib.import_module(module), name))
-        assert row.id == key
+        assert (row.role, row.mergeable) == ("analysis", False)
         assert row.paper.startswith("arXiv:")
+        assert row.paper in (importlib.import_module(row.about).__doc__ or "")

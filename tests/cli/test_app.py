@@ -43,6 +43,7 @@ SURFACE = {
         ["adapter"],
         ["--model", "--spectrum", "--plot", "--html", "--intruders", "--top", "--epsilon", "--side", "--json"],
     ),
+    "merge": (["config", "overrides"], ["--dry-run", "--schema", "--overwrite", "--json"]),
     "repair": (
         ["adapter", "output"],
         ["--model", "--lambda", "--top", "--epsilon", "--side", "--rank", "--overwrite", "--json"],
@@ -112,7 +113,7 @@ def test_version(intarsia):
         (["trainn"], "no command 'trainn'; did you mean 'train'"),
         (
             ["xyz"],
-            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, methods, registry, repair, show, train",
+            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, merge, methods, registry, repair, show, train",
         ),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),

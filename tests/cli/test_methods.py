@@ -7,7 +7,9 @@ import intarsia as ia
 
 def test_every_method_is_a_row(intarsia):
     rows = {row["id"]: row for row in intarsia("methods", "--json").json}
-    assert set(rows) == {*ia.registry.methods(), *ia.registry.variants()}
+    trained = {*ia.registry.methods(), *ia.registry.variants()}
+    assert set(rows) == trained | set(ia.registry.systems())
+    rows = {name: row for name, row in rows.items() if name in trained}
     assert {"dora", "lora", "paca", "rslora", "shira"} <= set(rows)
     assert all((row["kind"], row["role"], row["mergeable"]) == ("method", "adapter", True) for row in rows.values())
     assert {name: rows[name]["needs_data"] for name in ("lora", "paca", "shira")} == {
@@ -22,6 +24,21 @@ def test_the_table_shows_what_the_rows_hold(intarsia):
     for name, cls in ia.registry.methods().items():
         line = next(line for line in ended.out.splitlines() if line.startswith(f"{name} "))
         assert all(text in line for text in (cls.title, cls.formula, cls.trained, f"{cls.default_lr:g}", cls.paper))
+
+
+def test_what_is_no_method_is_a_row_too(intarsia):
+    rows = {row["id"]: row for row in intarsia("methods", "--json").json}
+    ties = rows["ties"]
+    assert (ties["kind"], ties["role"], ties["mergeable"], ties["rule"]) == ("merge rule", "merge", True, "ties")
+    assert {"density", "normalize", "lambda"} <= {field["name"] for field in ties["fields"]}
+    assert ties.keys() > rows["lora"].keys()
+    assert intarsia("methods", "ties", "--json").json == ties
+    said = intarsia("methods").out.splitlines()
+    for name, system in ia.registry.systems().items():
+        line = next(line for line in said if line.startswith(f"{name} "))
+        assert all(text in line for text in (system.title, system.role, system.formula, system.paper))
+    assert "Yadav et al. 2023" in intarsia("methods", "ties").out
+    assert "did you mean 'ties'?" in intarsia("methods", "tise").err
 
 
 def test_one_method_in_full(intarsia):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intarsia.method import Start
-from intarsia.support import permute, sample
+from intarsia.support import permute, sample, uniform
 
 KEYS = st.integers(0, 2**63 - 1)
 
@@ -62,6 +62,33 @@ def _by_hand(index: int, n: int, key: int) -> int:
 def test_equals_the_permutation_by_hand(n, key, data):
     indices = data.draw(st.lists(st.integers(0, n - 1), max_size=8))
     assert permute(torch.tensor(indices, dtype=torch.int64), n, key).tolist() == [_by_hand(i, n, key) for i in indices]
+
+
+def _draw_by_hand(index: int, key: int) -> float:
+    """One number of the draws once more: the hash of the low half under one key, then with the high half under another."""
+    digest = hashlib.blake2b(key.to_bytes(8, "little"), digest_size=16).digest()
+    h = 0
+    for start, half in ((0, index % 2**32), (4, index >> 32)):
+        h ^= half ^ int.from_bytes(digest[start : start + 4], "little")
+        h ^= h >> 16
+        h = h * 0x85EBCA6B % 2**32
+        h ^= h >> 13
+        h = h * 0xC2B2AE35 % 2**32
+        h ^= h >> 16
+    return h / 2**32
+
+
+@given(key=KEYS, indices=st.lists(st.integers(0, 2**62), min_size=1, max_size=8))
+def test_draws_equal_those_by_hand(key, indices):
+    assert uniform(torch.tensor(indices), key).tolist() == [_draw_by_hand(i, key) for i in indices]
+
+
+def test_draws_are_uniform_and_those_of_two_keys_unrelated():
+    first, second = (uniform(torch.arange(200_000), key) for key in (1, 2))
+    counts = torch.histc(first, 20, 0, 1)
+    assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 43.8  # chi-square of 19 degrees, 0.1 %
+    assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.01
+    assert abs(float(torch.corrcoef(torch.stack([first[1:], first[:-1]]))[0, 1])) < 0.01
 
 
 @given(n=st.integers(1, 3000), key=KEYS)

@@ -10,12 +10,13 @@ from intarsia.analyze.change import (
     change_norm,
     group,
     invisible_share,
+    layer_of,
     rounding,
     spectra,
     weight_changes,
 )
 from intarsia.analyze.intruders import SVD, Direction, Intruders, adapter_intruders, check_settings, intruders
-from intarsia.analyze.known import ANALYSES, Analysis
+from intarsia.analyze.known import systems
 from intarsia.analyze.matching import Matching, barrier, between, permuted, weight_matching
 from intarsia.analyze.norms import HeadNorms, NormReport, ScoreBound, norm_report
 from intarsia.analyze.nuclear_norm import hidden_states, matrix_entropy, matrix_nuclear_norm
@@ -35,10 +36,10 @@ from intarsia.analyze.spectrum import (
 )
 
 __all__ = [
-    "ANALYSES", "SVD", "Analysis", "Direction", "Group", "HeadNorms", "Heat", "Intruders", "Matching", "NormReport", "Repaired",
+    "SVD", "Direction", "Group", "HeadNorms", "Heat", "Intruders", "Matching", "NormReport", "Repaired",
     "Rounding", "ScoreBound", "Spectrum", "WeightChange", "adapter_intruders", "assignment", "barrier", "between", "change_norm",
     "change_of", "check_ending", "check_factor", "check_settings", "effective_rank", "energy_share", "group", "heat", "hidden_states",
-    "intruder_heat", "intruders", "invisible_share", "matrix_entropy", "matrix_nuclear_norm", "needs_weight", "norm_report", "numerical_rank",
+    "intruder_heat", "intruders", "invisible_share", "layer_of", "matrix_entropy", "matrix_nuclear_norm", "needs_weight", "norm_report", "numerical_rank",
     "permuted", "picture", "rankme", "rankme_of", "repair", "repaired", "report", "rounding", "singular_values", "spectra",
-    "spectrum", "stable_rank", "subspace_alignment", "truncated", "weight_changes", "weight_matching",
+    "spectrum", "stable_rank", "subspace_alignment", "systems", "truncated", "weight_changes", "weight_matching",
 ]  # fmt: skip

@@ -239,8 +239,9 @@ def module_of(weight: str) -> str:
 
 
 def layer_of(weight: str) -> int | None:
-    """The first number in a weight's name, that of its layer; None where there is none."""
-    return int(number[0]) if (number := re.findall(r"(?<=\.)\d+(?=\.)", f".{weight}")) else None
+    """The number of the layer that a weight is in: the first number in its name, or None."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", f".{weight}")
+    return int(number[0]) if number else None
 
 
 TOP = (1, 4, 16, 64)  # how many of the largest singular values the shares are told for

@@ -72,7 +72,9 @@ def _tiles(
         shown.append((f"{whole.invisible_share:.1%}", text, whole.invisible_share < 0.5))
     if looked:
         count, weights = sum(len(one.found) for one in looked), sum(bool(one.found) for one in looked)
-        shown.append((str(count), f"intruder dimension{'' if count == 1 else 's'}, in {weights} of {len(looked)} weights", True))
+        shown.append(
+            (str(count), f"intruder dimension{'' if count == 1 else 's'}, in {weights} of {len(looked)} weights", True)
+        )
     return shown
 
 

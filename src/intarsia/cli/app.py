@@ -16,6 +16,7 @@ from intarsia.cli.check import check
 from intarsia.cli.convert import convert
 from intarsia.cli.demo import demo
 from intarsia.cli.evaluate import evaluate
+from intarsia.cli.merge import merge
 from intarsia.cli.methods import methods
 from intarsia.cli.repair import repair
 from intarsia.cli.show import show
@@ -128,6 +129,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "chat": chat,
     "show": show,
+    "merge": merge,
     "repair": repair,
     "convert": convert,
     "methods": methods,

@@ -16,20 +16,10 @@ if TYPE_CHECKING:
 
 
 def adapter_folder(text: str) -> Path:
-    """The folder of an adapter: a path, or NAME@VERSION (a number, a tag or ``latest``) in the registry.
+    """The folder of an adapter, given as a path or as NAME@VERSION: :func:`intarsia.store.folder_of`."""
+    from intarsia.store import folder_of
 
-    Raises:
-        IntarsiaError: for a version that the registry has not.
-    """
-    path = Path(text)
-    if path.exists() or "@" not in path.name:
-        return path
-    from intarsia.store import Registry
-
-    try:
-        return Registry().get(text)
-    except IntarsiaError as error:
-        raise IntarsiaError(f"{text}: there is no such folder, and in the registry: {error}") from error
+    return folder_of(text)
 
 
 def read_adapters(given: Iterable[str]) -> dict[str, Adapter]:

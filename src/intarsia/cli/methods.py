@@ -1,4 +1,4 @@
-"""``intarsia methods [NAME]``: every method, or one in full."""
+"""``intarsia methods [NAME]``: every method, merge rule and other system, or one in full."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from intarsia.method import Method
-    from intarsia.registry import Variant
+    from intarsia.registry import System, Variant
 
 NARROW = 130  # columns of a terminal below which the table would be folded
 EXAMPLES = ((576, 576), (1536, 576), (4096, 4096))  # (O, I), for the trained counts of one method
@@ -25,17 +25,28 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Every method: role, formula, trained numbers, learning rate, paper."""
+    """Every method: role, formula, trained numbers, learning rate, paper; and every merge rule."""
     from intarsia import registry
 
+    known, others = registry.methods(), registry.systems()
+    if name in others:
+        return terminal.print_json(_system_row(others[name])) if json else _print_system(others[name])
     if name is not None:
+        _check_known(name, [*known, *registry.variants(), *others])
         cls, variant = registry.find(name), registry.variants().get(name)
         return terminal.print_json(_row(cls, variant)) if json else _print_one(cls, variant)
-    known = registry.methods()
     rows = [_row(cls) for cls in known.values()]
     rows += [_row(known[v.method], v) for v in registry.variants().values()]
     rows.sort(key=lambda row: str(row["id"]))
-    return terminal.print_json(rows) if json else _print_all(rows)
+    more = [_system_row(system) for system in others.values()]
+    return terminal.print_json(rows + more) if json else _print_all(rows, more)
+
+
+def _check_known(name: str, known: list[str]) -> None:
+    from intarsia.errors import IntarsiaError, nearest
+
+    if name not in known:
+        raise IntarsiaError(f"unknown method {name!r}; {nearest(name, known)}")
 
 
 def _row(cls: type[Method], variant: Variant | None = None) -> dict[str, Any]:
@@ -58,6 +69,25 @@ def _row(cls: type[Method], variant: Variant | None = None) -> dict[str, Any]:
     }
 
 
+def _system_row(system: System) -> dict[str, Any]:
+    """All that is known of what is no method. What only a trained method has is null."""
+    return {
+        "id": system.id,
+        "kind": system.kind,
+        "role": system.role,
+        "title": system.title,
+        "formula": system.formula,
+        "trained": None,
+        "mergeable": system.mergeable,
+        "starts_as_identity": None,
+        "needs_data": None,
+        "default_lr": None,
+        "paper": system.paper,
+        "variant_of": None,
+        "fields": [_field(field, name) for name, field in system.fields],
+    } | dict(system.facts)
+
+
 def _needs_data(cls: type[Method]) -> str:
     """``no``, ``yes``, or ``some settings``: whether attaching needs calibration data."""
     found = {bool(_build(cls, setting).needs()) for setting in cls.small}
@@ -72,16 +102,16 @@ def _build(cls: type[Method], setting: Any) -> Method:
 
 def _fields(cls: type[Method], variant: Variant | None) -> list[dict[str, Any]]:
     fixed = variant.fields if variant else {}
-    return [
-        {
-            "name": field.name,
-            "type": field.type if isinstance(field.type, str) else inspect.formatannotation(field.type),
-            "default": _default(field),
-            "help": field.metadata.get("help", ""),
-        }
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if field.name not in fixed
-    ]
+    return [_field(field, field.name) for field in dataclasses.fields(cls) if field.name not in fixed]  # type: ignore[arg-type]
+
+
+def _field(field: dataclasses.Field[Any], name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": field.type if isinstance(field.type, str) else inspect.formatannotation(field.type),
+        "default": _default(field),
+        "help": field.metadata.get("help", ""),
+    }
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -92,7 +122,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default.config() if isinstance(field.default, Method) else field.default
 
 
-def _print_all(rows: list[dict[str, Any]]) -> None:
+def _print_all(rows: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
     out = terminal.output()
     if out.width < NARROW:
         for row in rows:
@@ -103,8 +133,13 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
             )
             for line in facts:
                 out.print(f"{'':16}[dim]{_literal(line)}[/]")
+        for row in more:
+            out.print(f"[bold cyan]{row['id']:12}[/][bold]{row['title']:14}[/]{_literal(row['formula'])}")
+            out.print(f"{'':16}[dim]{row['role']}, {_literal(row['paper'])}[/]")
     else:
         out.print(_table(rows))
+        out.print()
+        out.print(_other_table(more))
     out.print("\n[dim]intarsia methods NAME: one in full, with its fields[/]")
 
 
@@ -129,6 +164,19 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _other_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("id", "title", "role", "formula", "paper"):
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(
+            f"[bold cyan]{row['id']}[/]", row["title"], row["role"], _literal(row["formula"]), _literal(row["paper"])
+        )
+    return table
+
+
 def _literal(text: str) -> str:
     from rich.markup import escape
 
@@ -136,8 +184,6 @@ def _literal(text: str) -> str:
 
 
 def _print_one(cls: type[Method], variant: Variant | None) -> None:
-    from rich.table import Table
-
     out, row = terminal.output(), _row(cls, variant)
     if variant:
         preset = ", ".join(f"{k}={v}" for k, v in variant.fields.items())
@@ -145,20 +191,39 @@ def _print_one(cls: type[Method], variant: Variant | None) -> None:
             f"[bold]{variant.title}[/]: {cls.title} with {preset}.    {_literal(variant.formula)}\n{variant.paper}\n"
         )
     out.print(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""), markup=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("field", "type", "default", "meaning"):
-        table.add_column(column, no_wrap=column == "field")
-    for field in row["fields"]:
-        shown = _yaml(field["default"])
-        table.add_row(f"[cyan]{field['name']}[/]", _literal(field["type"]), _literal(shown), _literal(field["help"]))
-    out.print()
-    out.print(table)
-    out.print()
+    _print_fields(row["fields"])
     out.print(f"role {row['role']}, mergeable: {'yes' if row['mergeable'] else 'no'}, needs data: {row['needs_data']}")
     out.print(f"learning rate {row['default_lr']:g} unless told otherwise (train.lr)")
     counts = _counts(cls, variant)
     if counts:
         out.print(f"trained numbers with the defaults: {counts}")
+
+
+def _print_fields(fields: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("field", "type", "default", "meaning"):
+        table.add_column(column, no_wrap=column == "field")
+    for field in fields:
+        shown = _yaml(field["default"])
+        table.add_row(f"[cyan]{field['name']}[/]", _literal(field["type"]), _literal(shown), _literal(field["help"]))
+    out = terminal.output()
+    out.print()
+    out.print(table)
+    out.print()
+
+
+def _print_system(system: System) -> None:
+    row = _system_row(system)
+    out = terminal.output()
+    out.print(inspect.cleandoc(sys.modules[system.about].__doc__ or ""), markup=False)
+    if row["fields"]:
+        _print_fields(row["fields"])
+    facts = ", ".join(
+        f"{key}: {', '.join(value) if isinstance(value, list) else value}" for key, value in system.facts.items()
+    )
+    out.print(f"{system.kind}; {facts}", markup=False)
 
 
 def _counts(cls: type[Method], variant: Variant | None) -> str:

@@ -183,7 +183,8 @@ def _print_facts(
         "sha256": adapter.digest,
         "invisible": _invisible(adapter, whole, model),
     }
-    shown |= {str(k): _short(v) for k, v in adapter.about.items()}
+    shown |= {f"made of {name}": _short(adapter.about["merged"][name]) for name in adapter.made_of}
+    shown |= {str(k): _short(v) for k, v in adapter.about.items() if k != "merged"}
     shown |= {str(k): _short(v) for k, v in adapter.note.items()}
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(style="bold", no_wrap=True)

@@ -65,7 +65,7 @@ def add(*edits: Edit) -> Edit:
     """One edit whose change is the sum of theirs: W' = W + sum_i (fold_i(W) - W).
 
     Sparse ones give a sparse one on the union of their supports, exactly: of their own granularity where it is the same,
-    else of elements. Low ranks give a low rank, of the ranks together; other mixtures a :class:`Sum`.
+    else of elements. Low ranks give a low rank, of the ranks together; dense ones a dense one; mixtures a :class:`Sum` of these.
 
     Raises:
         IntarsiaError: for none at all, or different shapes.
@@ -77,20 +77,47 @@ def add(*edits: Edit) -> Edit:
         raise IntarsiaError(f"edits of different shapes cannot be added: {', '.join(map(str, sorted(shapes)))}")
     if len(edits) == 1:
         return edits[0]
-    sparse = [edit.sparse_parts() for edit in edits]
-    if all(parts is not None for parts in sparse):
-        return _union([part for parts in sparse for part in parts or ()])
-    if all(isinstance(edit, LowRank) for edit in edits):
-        return _stacked([edit for edit in edits if isinstance(edit, LowRank)])
     parts = [part for edit in edits for part in _parts(edit)]
-    return Sum(edits[0].shape, tuple(part for part, _ in parts), tuple(factor for _, factor in parts))
+    sparse = [part.sparse_parts() for part in parts]
+    low = [part for part in parts if isinstance(part, LowRank)]
+    dense = [part for part in parts if isinstance(part, Dense)]
+    rest = [
+        part for part, its in zip(parts, sparse, strict=True) if its is None and not isinstance(part, LowRank | Dense)
+    ]
+    thin = [part for its in sparse for part in its or ()]
+    together = [_union(thin)] if thin else []
+    total = [*together, *([_stacked(low)] if low else []), *([_total(dense)] if dense else []), *rest]
+    if len(total) == 1:
+        return total[0]
+    split = [pair for one in total for pair in _pairs(one)]
+    return Sum(edits[0].shape, tuple(part for part, _ in split), tuple(factor for _, factor in split))
 
 
-def _parts(edit: Edit) -> list[tuple[Edit, float]]:
+def _pairs(edit: Edit) -> list[tuple[Edit, float]]:
     return list(zip(edit.parts, edit.factors, strict=True)) if isinstance(edit, Sum) else [(edit, 1.0)]
 
 
+def _parts(edit: Edit) -> list[Edit]:
+    """What a sum is made of, each with its factor in it: of what cannot be scaled a sum of one."""
+    found: list[Edit] = []
+    for part, factor in _pairs(edit):
+        one = part if factor == 1 else scale(part, factor)
+        unscaled = isinstance(one, Sum) and one.parts == (part,)
+        found += _parts(one) if isinstance(one, Sum) and not unscaled else [one]
+    return found
+
+
+def _total(edits: Sequence[Dense]) -> Dense:
+    dtype = _dtype([edit.values for edit in edits])
+    total = edits[0].values.to(dtype)
+    for edit in edits[1:]:
+        total = total + edit.values
+    return replace(edits[0], values=total)
+
+
 def _union(parts: Sequence[Sparse]) -> Sparse:
+    if len(parts) == 1:
+        return parts[0]
     if len({part.granularity for part in parts}) > 1:
         parts = [_as_elements(part) for part in parts]
     unit, shape, dtype = parts[0].granularity, parts[0].shape, _dtype([part.values for part in parts])
@@ -107,6 +134,8 @@ def _as_elements(edit: Sparse) -> Sparse:
 
 
 def _stacked(edits: Sequence[LowRank]) -> LowRank:
+    if len(edits) == 1:
+        return edits[0]
     dtype = _dtype([t for edit in edits for t in (edit.A, edit.B)])
     B = torch.cat([edit.scale * edit.B.to(dtype) for edit in edits], dim=1)
     return LowRank(edits[0].shape, B, torch.cat([edit.A.to(dtype) for edit in edits]), 1.0)

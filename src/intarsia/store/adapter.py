@@ -15,6 +15,7 @@ from intarsia.store.digest import json_digest, tensor_digest
 
 FORMAT = 2
 TENSORS, HEAD, CARD = "adapter.safetensors", "adapter.json", "README.md"
+MERGE = "merge"  # the method of an adapter that was made of others: no method, nothing trains on from it
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -88,6 +89,15 @@ class Adapter:
     def outlines(self) -> Mapping[str, Edit]:
         """The edits as far as kind, shape and sizes go: of a lazily opened file their tensors are on the meta device."""
         return self.edits.outlines if isinstance(self.edits, LazyEdits) else self.edits
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """The adapters that it was merged of: their digests, by the names that they had then; none of one that was trained."""
+        merged = self.about.get("merged", {})
+        parts = merged.items() if isinstance(merged, Mapping) else ()
+        return {
+            str(name): str(part["digest"]) for name, part in parts if isinstance(part, Mapping) and "digest" in part
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Every number of the adapter, by its name in the file."""

@@ -16,7 +16,8 @@ def card(head: Mapping[str, Any], adapter: Adapter, stored: int) -> str:
     share = adapter.touched / adapter.size if adapter.size else 0.0
     fields = "".join(f"| {key} | `{value}` |\n" for key, value in method.items())
     notes = "".join(f"| {key} | {_show(value)} |\n" for key, value in head["note"].items())
-    about = "".join(f"| {key} | `{value}` |\n" for key, value in head["about"].items())
+    about = "".join(f"| {key} | `{value}` |\n" for key, value in head["about"].items() if key != "merged")
+    parts = "".join(f"| made of {part} | {_made_of(adapter.about['merged'][part])} |\n" for part in adapter.made_of)
     front = (
         f"base_model: {base['source']}\n" if "/" in base["source"] and not base["source"].startswith(("/", ".")) else ""
     )
@@ -42,7 +43,7 @@ deck.off()                     # the base again, to the bit
 | made with | |
 |---|---|
 | method | `{name}` |
-{fields}{about}
+{fields}{about}{parts}
 | base | |
 |---|---|
 | source | `{base["source"]}` |
@@ -54,6 +55,11 @@ deck.off()                     # the base again, to the bit
 | SHA-256 | `{head["digest"]}` |
 | written by | {head["written_by"]}, {head["created"]} |
 {notes}"""
+
+
+def _made_of(facts: Mapping[str, Any]) -> str:
+    rest = ", ".join(f"{key} `{value}`" for key, value in facts.items() if key not in ("digest", "method"))
+    return f"{facts.get('method', '?')}, {rest}, SHA-256 `{facts['digest']}`"
 
 
 def _show(value: Any) -> str:

@@ -97,6 +97,21 @@ def split(reference: str) -> tuple[str, int | str | None]:
     return name, int(version) if version.isascii() and version.isdigit() else version
 
 
+def folder_of(text: str) -> Path:
+    """The folder of an adapter: a path, or NAME@VERSION (a number, a tag or ``latest``) in the registry.
+
+    Raises:
+        IntarsiaError: for a version that the registry has not.
+    """
+    path = Path(text)
+    if path.exists() or "@" not in path.name:
+        return path
+    try:
+        return Registry().get(text)
+    except IntarsiaError as error:
+        raise IntarsiaError(f"{text}: there is no such folder, and in the registry: {error}") from error
+
+
 class Registry:
     """Adapters by name and version, in a folder or at any URL that fsspec can open.
 
@@ -195,11 +210,13 @@ class Registry:
     ) -> Added:
         """Keep a copy of an adapter's folder as the next version of a name (the folder's, by default).
 
-        ``parents``: what it was made from, as versions of this registry or as digests. Content that the name has already
+        ``parents``: what it was made from, as versions of this registry or as digests; of a merged adapter, those that it was
+        merged of, unless told otherwise. Content that the name has already
         makes no new version; tags are set all the same. An object that was damaged is replaced by the good copy.
         """
         source = Path(folder)
         adapter = read(source)
+        parents = tuple(parents) or tuple(d for d in adapter.made_of.values() if DIGEST.fullmatch(d))
         name = _check_name(source.resolve().name if name is None else name)
         for tag in tags:
             _check_tag(tag)

@@ -44,6 +44,18 @@ def sample_rows(rows: int, n: int, k: int, key: int) -> Tensor:
     return torch.from_numpy(np.sort(found, axis=1))
 
 
+def uniform(index: Tensor, key: int) -> Tensor:
+    """A number of [0, 1) for each index, that depends on it and the key alone: whatever else is drawn, and on every device.
+
+    (k,) int64 of 0..2^63-1 -> (k,) float64, multiples of 2^-32.
+    """
+    first, second, *_ = _round_keys(key)
+    number = index.numpy(force=True)
+    mixed = _mixed((number & _LOW32).astype(np.uint32) ^ first)
+    mixed = _mixed(mixed ^ (number >> 32).astype(np.uint32) ^ second)
+    return torch.from_numpy(mixed.astype(np.float64) / 2**32).to(index.device)
+
+
 def _walk(index: Numbers, n: int, keys: Sequence[Any]) -> Numbers:
     """The permutation of 0..n-1 with these round keys, each a single number or one for every index. (k,) int64 -> (k,) int64."""
     bits = max(2, (n - 1).bit_length())

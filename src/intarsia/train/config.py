@@ -223,20 +223,33 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
     if not sign or not all(part.strip() for part in key.split(".")):
         raise IntarsiaError(f"override {assignment!r}: expected KEY=VALUE, such as train.lr=1e-3")
     *path, last = (part.strip() for part in key.split("."))
+    here: Any = tree
     for i, part in enumerate(path):
-        below = tree.get(part)
-        if below is None or (isinstance(below, str) and i == 0 and part in SHORT):
-            below = {} if below is None else {SHORT[part]: below}
-        if not isinstance(below, Mapping):
+        at: Any = _place(here, part, assignment)
+        below = here[at] if isinstance(here, list) else here.get(at)
+        short = SHORT.get(path[i - 1] if isinstance(here, list) else part) if i < 2 else None
+        if below is None or (isinstance(below, str) and short):
+            below = {} if below is None else {short: below}
+        if not isinstance(below, Mapping | list):
             raise IntarsiaError(f"override {assignment!r}: {'.'.join(path[: i + 1])} is a value, not a section")
-        tree[part] = dict(below)
-        tree = tree[part]
-    tree[last] = parse_value(value, f"override {assignment!r}")
+        here[at] = list(below) if isinstance(below, list) else dict(below)
+        here = here[at]
+    here[_place(here, last, assignment)] = parse_value(value, f"override {assignment!r}")
+
+
+def _place(section: Any, key: str, assignment: str) -> Any:
+    """A key of a mapping as it is, of a list as the number of a place in it: ``adapters.0.parameters.weight``."""
+    if not isinstance(section, list):
+        return key
+    if not key.isdigit() or int(key) >= len(section):
+        raise IntarsiaError(f"override {assignment!r}: {key} is no place in a list; expected 0 to {len(section) - 1}")
+    return int(key)
 
 
 SHORT = {
     "data": "train",
     "method": "name",
+    "adapters": "adapter",  # each of a list
 }  # sections that may be written as one word, and what the word then is
 
 
@@ -285,7 +298,7 @@ def validated(kind: type[S], tree: Mapping[str, Any], where: str) -> S:
 def _keys(whole: type[BaseModel], path: list[str]) -> list[str]:
     """The keys that may stand in a section."""
     section = whole
-    for name in path:
+    for name in (part for part in path if not part.isdigit()):  # a number is a place in a list of sections
         section = next(kind for kind in _kinds(section.model_fields[name].annotation) if issubclass(kind, BaseModel))
     return list(section.model_fields)
 

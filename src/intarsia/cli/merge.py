@@ -1,0 +1,169 @@
+"""``intarsia merge CONFIG.yaml [a.b=c ...]``: one adapter of several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intarsia.cli import given, terminal
+from intarsia.errors import IntarsiaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from intarsia.merge import Plan, Recipe
+    from intarsia.store import Adapter
+    from intarsia.train.progress import Progress
+
+
+def merge(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG.yaml", help="The merge: merge_method, adapters, output.", show_default=False),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Set on top of it: parameters.lambda=0.5", show_default=False),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what is merged how, and stop.")
+    ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a config, and stop.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter that stands in the output folder.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Make one adapter of several: a folder as any other, with what it was made of in it."""
+    from intarsia.merge import load_recipe, settle
+    from intarsia.merge import schema as recipe_schema
+
+    if schema:
+        return terminal.print_json(recipe_schema())
+    if config is None:
+        raise IntarsiaError("a config file is needed: intarsia merge CONFIG.yaml (--schema prints what it may hold)")
+    recipe = load_recipe(config, [*(overrides or []), *(["overwrite=true"] if overwrite else [])])
+    output = _output(recipe)
+    ready = settle(recipe.open(), recipe.wanted())
+    if dry_run:
+        return terminal.print_json(_plain(ready, output)) if json else _print_plan(ready)
+    return _merge(ready, recipe, output, json)
+
+
+def _output(recipe: Recipe) -> Path:
+    """Where the adapter goes. Raises IntarsiaError where nothing can be written there: before any work is done."""
+    from intarsia.interop.output import check_output
+    from intarsia.store import HEAD
+
+    if recipe.output is None:
+        raise IntarsiaError("key 'output' is missing: the folder to write the merged adapter to (or output=FOLDER)")
+    output = Path(recipe.output)
+    if any(Path(part.adapter).resolve() == output.resolve() for part in recipe.adapters):
+        raise IntarsiaError(
+            f"{output} is one of the adapters that are merged; choose another folder for what comes of them"
+        )
+    check_output(output, recipe.overwrite, "an adapter", marks=(HEAD,))
+    return output
+
+
+def _merge(ready: Plan, recipe: Recipe, output: Path, json: bool) -> None:
+    from intarsia import store
+    from intarsia.merge import made
+
+    with terminal.progress() as progress:
+        base = _base_weights(ready, recipe, progress)
+        adapter = made(ready, name=output.name, base=base, progress=progress.work)
+        store.write(adapter, output, recipe.overwrite, values=None if recipe.values == "exact" else recipe.values)
+    files = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
+    if json:
+        made_of = _plain(ready, output) | {
+            "digest": adapter.digest,
+            "bytes": sum(files.values()),
+            "note": dict(adapter.note),
+        }
+        return terminal.print_json(made_of | {"touched": adapter.touched, "edits": _kinds(adapter)})
+    return _print_made(ready, adapter, output, sum(files.values()))
+
+
+def _base_weights(ready: Plan, recipe: Recipe, progress: Progress) -> Mapping[str, Tensor] | None:
+    """The base's weights, where the config names it and a change depends on them."""
+    from intarsia.site import site_at
+
+    edits = [edit for adapter in ready.adapters.values() for edit in adapter.outlines.values()]
+    if recipe.model is None or not any(edit.needs_weight for edit in edits):
+        return None
+    from intarsia.model import check_fits, digest
+
+    model = given.load_model(recipe.model, progress).model
+    for name, adapter in ready.adapters.items():
+        check_fits(model, adapter, name, digest(model))
+    return {weight: site_at(model, weight.removesuffix(".weight")).weight.detach() for weight in ready.rules}
+
+
+def _plain(ready: Plan, output: Path) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "method": ready.config(),
+        "adapters": ready.lineage(),
+        "base": next(iter(ready.adapters.values())).base.digest,
+        "weights": len(ready.rules),
+    }
+
+
+def _kinds(adapter: Adapter) -> dict[str, int]:
+    kinds = [edit.kind for edit in adapter.edits.values()]
+    return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+
+def _print_plan(ready: Plan) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = terminal.output()
+    method = {key: value for key, value in ready.config().items() if key != "name"}
+    out.print(
+        f"[bold]{escape(str(method.pop('rule')))}[/]  "
+        + escape("  ".join(f"{k}={_said(v)}" for k, v in method.items()))
+    )
+    lineage = ready.lineage()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("adapter", no_wrap=True, style="cyan")
+    own = [key for key in next(iter(lineage.values())) if key not in ("digest", "method")]
+    for column in ("method", "weights", "entries", *own, "sha256"):
+        table.add_column(column)
+    for name, facts in lineage.items():
+        adapter = ready.adapters[name]
+        shown = [
+            str(facts["method"]),
+            str(len(adapter.outlines)),
+            f"{adapter.touched:,}",
+            *(_said(facts[key]) for key in own),
+        ]
+        table.add_row(escape(name), *map(escape, shown), str(facts["digest"])[:12])
+    out.print(table)
+
+
+def _print_made(ready: Plan, adapter: Adapter, output: Path, stored: int) -> None:
+    from intarsia.train.progress import size
+
+    _print_plan(ready)
+    out = terminal.output()
+    kinds = ", ".join(f"{count} {kind}" for kind, count in _kinds(adapter).items())
+    out.print(f"{output}  {kinds}; {size(stored)}, sha256 {adapter.digest[:12]}", markup=False, soft_wrap=True)
+    for key, value in adapter.note.items():
+        out.print(f"  {key}: {value:.2%}", markup=False, soft_wrap=True)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_said, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_said(v)}" for k, v in value.items()) + "}"
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else {"True": "true", "False": "false", "None": "null"}.get(str(value), str(value))
+    )
