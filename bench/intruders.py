@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from intarsia import pretrained, store
-from intarsia.analyze import SVD, Intruders, change_norm, effective_rank, intruders, spectrum, stable_rank
-from intarsia.analyze.change import module_of
+from intarsia.analyze import SVD, Intruders, change_norm, effective_rank, intruders, module_of, spectrum, stable_rank
 from intarsia.bench.machine import machine, write_json
 from intarsia.edits import Edit
 from intarsia.site import site_at

@@ -116,6 +116,15 @@ def test_a_weight_of_no_full_rank_has_no_intruders_without_energy():
     assert found.j == 0
 
 
+def test_a_direction_without_energy_is_none():
+    weight = base_of_distinct_values()
+    Q = torch.linalg.qr(torch.randn(N, 2, generator=torch.Generator().manual_seed(0))).Q
+    left_over = Q @ torch.diag(torch.tensor([3.0, 2.0])) @ Q.mT  # all that the change leaves: of rank 2, in new directions
+    looked = intruders(weight, Dense((N, N), left_over - weight))
+    assert [d.j for d in looked.found] == [0, 1]
+    assert any(d.within < 0.5 for d in looked.directions[2:]), "the others are no directions of the base either"
+
+
 def test_the_weight_is_not_written_and_a_narrow_one_is_widened():
     weight = base_of_distinct_values().bfloat16()
     before = weight.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -82,11 +83,12 @@ def test_the_function_stays_and_the_objective_never_falls(seed):
     a, b = network(1), network(seed + 2)
     found = weight_matching(a, b, seed=seed)
     x = some(3, 20, 6).double()
-    wide = [(W.double(), bias.double()) for W, bias in b]
+    wide = [(W.double(), None if bias is None else bias.double()) for W, bias in b]
     assert float((run(permuted(wide, found.orders), x) - run(wide, x)).abs().max()) < 1e-6
     assert all(later > earlier for earlier, later in itertools.pairwise(found.scores))
     matched = permuted(b, found.orders)
-    inner = sum(float((W1 * W2).sum() + (b1 * b2).sum()) for (W1, b1), (W2, b2) in zip(a, matched, strict=True))
+    numbers = [torch.cat([t.flatten() for layer in net for t in layer if t is not None]) for net in (a, matched)]
+    inner = float(numbers[0] @ numbers[1])
     assert found.scores[-1] == pytest.approx(inner, rel=1e-4)
     for (W1, _), (W2, _) in zip(b, matched, strict=True):
         torch.testing.assert_close(torch.linalg.svdvals(W1), torch.linalg.svdvals(W2), atol=1e-4, rtol=1e-5)
@@ -135,7 +137,7 @@ def test_matching_lowers_the_barrier_far_more_than_the_distance():
 
     def distance(one, other) -> float:
         both = list(zip(one, other, strict=True))
-        return sum(float((W1 - W2).square().sum()) for (W1, _), (W2, _) in both) ** 0.5
+        return math.sqrt(sum(float((W1 - W2).square().sum()) for (W1, _), (W2, _) in both))
 
     before, after = barrier(loss, a, b), barrier(loss, a, matched)
     assert after < 0.6 * before

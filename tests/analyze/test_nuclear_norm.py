@@ -21,7 +21,8 @@ def some(seed: int, *shape: int) -> torch.Tensor:
 def prepared(H: torch.Tensor) -> torch.Tensor:
     """Centred, rows of length 1: written down once more."""
     C = H.double() - H.double().mean(0)
-    return C / C.norm(dim=1, keepdim=True)
+    rows: torch.Tensor = C / C.norm(dim=1, keepdim=True)
+    return rows
 
 
 def test_two_tokens_by_hand():

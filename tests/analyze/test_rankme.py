@@ -21,7 +21,8 @@ def some(seed: int, *shape: int) -> torch.Tensor:
 
 
 def orthonormal(seed: int, rows: int, columns: int) -> torch.Tensor:
-    return torch.linalg.qr(some(seed, rows, columns)).Q
+    Q: torch.Tensor = torch.linalg.qr(some(seed, rows, columns)).Q
+    return Q
 
 
 def slack(m: int, value: float) -> float:

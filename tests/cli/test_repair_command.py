@@ -70,13 +70,13 @@ def test_repair_writes_an_adapter_and_says_what_it_did(intarsia, world, loud, tm
     assert made.name == "mended"
     assert made.digest == done["digest"] != before == ia.read(loud).digest
     assert made.about["repaired"]["of"] == before
-    assert made.edits[LOUD].A.shape[0] == 2
+    assert made.edits[LOUD].tensors()["A"].shape[0] == 2
     assert intarsia("show", out, "--model", world.base, "--intruders", "--json").json["intruders"]["count"] == 0
     ended = intarsia("repair", loud, out, "--model", world.base, "--rank", 1, "--overwrite")
     assert ended.code == 0, ended.err
     assert "1 intruder dimension times 0.75" in ended.out
     assert "of their change is lost by cutting it to rank 1" in ended.out
-    assert ia.read(out).edits[LOUD].A.shape[0] == 1
+    assert ia.read(out).edits[LOUD].tensors()["A"].shape[0] == 1
     copied = intarsia("repair", world.adapters["spells"], tmp_path / "same", "--model", world.base, "--epsilon", 0)
     assert "nothing to repair: a copy" in copied.out
 

@@ -98,7 +98,7 @@ def picture(
         IntarsiaError: when no norm is known, the ending is not one of a picture, or the file cannot be written.
     """
     path = Path(path)
-    check_ending(path)
+    check_picture(path)
     shown = heat(changes)
     figure = _figure(16.5 if looked else 11, max(4.0, 1.6 + 0.16 * len(shown.layers)))
     axes = figure.subplots(1, 3 if looked else 2, width_ratios=[1.1, 1, 1] if looked else [1.1, 1])
@@ -107,12 +107,12 @@ def picture(
     if looked:
         _draw_directions(axes[2], looked, epsilon)
     figure.suptitle(title, fontsize=12)
-    _write(figure, path)
+    write_picture(figure, path)
     return path
 
 
-def check_ending(path: Path) -> None:
-    """Raise IntarsiaError where a picture cannot have this name: before anything is measured for it."""
+def check_picture(path: Path) -> None:
+    """Raise IntarsiaError for a file name that does not end as a picture's, before any work is done."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     if path.suffix.lower().lstrip(".") not in FigureCanvasAgg.get_supported_filetypes():
@@ -212,7 +212,7 @@ def _png(figure: Any) -> bytes:
     return stream.getvalue()
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_picture(figure: Any, path: Path) -> None:
     """Aside first, so that a failure leaves no half a picture."""
     aside = path.with_name(f".{path.stem}.part{path.suffix}")
     try:

@@ -55,4 +55,5 @@ def _by_gram(Z: Tensor) -> Tensor:
     """(N, K) -> singular values, ascending (min(N, K),)."""
     Z = Z.double()
     matrix = Z.mT @ Z if Z.shape[0] >= Z.shape[1] else Z @ Z.mT
-    return torch.linalg.eigvalsh(matrix).clamp_min(0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(matrix)
+    return values.clamp_min(0).sqrt()

@@ -84,7 +84,7 @@ def show(
 
 def _check(adapter: Adapter, model: str | None, plot: Path | None, html: Path | None, intruders: bool) -> None:
     """What cannot be, before a model is loaded and anything is measured."""
-    from intarsia.analyze import check_ending
+    from intarsia.analyze import check_picture
 
     if intruders and model is None:
         raise IntarsiaError(
@@ -92,7 +92,7 @@ def _check(adapter: Adapter, model: str | None, plot: Path | None, html: Path | 
             f"--model {adapter.base.source or 'MODEL'}"
         )
     if plot is not None:
-        check_ending(plot)
+        check_picture(plot)
     if html is not None and html.suffix.lower() not in (".html", ".htm"):
         raise IntarsiaError(f"--html {html}: the file name should end in .html")
 
