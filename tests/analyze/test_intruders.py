@@ -119,7 +119,8 @@ def test_a_weight_of_no_full_rank_has_no_intruders_without_energy():
 def test_a_direction_without_energy_is_none():
     weight = base_of_distinct_values()
     Q = torch.linalg.qr(torch.randn(N, 2, generator=torch.Generator().manual_seed(0))).Q
-    left_over = Q @ torch.diag(torch.tensor([3.0, 2.0])) @ Q.mT  # all that the change leaves: of rank 2, in new directions
+    # All that the change leaves is of rank 2, in new directions.
+    left_over = Q @ torch.diag(torch.tensor([3.0, 2.0])) @ Q.mT
     looked = intruders(weight, Dense((N, N), left_over - weight))
     assert [d.j for d in looked.found] == [0, 1]
     assert any(d.within < 0.5 for d in looked.directions[2:]), "the others are no directions of the base either"

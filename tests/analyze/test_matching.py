@@ -94,6 +94,22 @@ def test_the_function_stays_and_the_objective_never_falls(seed):
         torch.testing.assert_close(torch.linalg.svdvals(W1), torch.linalg.svdvals(W2), atol=1e-4, rtol=1e-5)
 
 
+@given(st.integers(0, 50), st.booleans())
+def test_one_hidden_layer_is_matched_as_well_as_can_be(seed, bias):
+    # Inputs, outputs and bias weigh alike here, so that an order which forgets one of them is not the best.
+    a, b = (network(seed + n, (3, 5, 3), bias=bias) for n in (0, 1000))
+
+    def likeness(order: list[int]) -> float:
+        found = permuted(b, [torch.tensor(order)])
+        layers = zip(a, found, strict=True)
+        return sum(
+            float((x * y).sum()) for one, other in layers for x, y in zip(one, other, strict=True) if x is not None
+        )
+
+    best = max(likeness(list(order)) for order in itertools.permutations(range(5)))
+    assert weight_matching(a, b).scores[-1] == pytest.approx(best, rel=1e-5, abs=1e-5)
+
+
 def test_between_and_barrier():
     a, b = network(0), network(1)
     assert all(torch.equal(x[0], y[0]) for x, y in zip(between(a, b, 1.0), a, strict=True))

@@ -47,6 +47,20 @@ class SVD:
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         return cls(*torch.linalg.svd(wide, full_matrices=False))
 
+    @classmethod
+    def leading(cls, weight: Tensor, top: int) -> SVD:
+        """The ``top`` largest alone, in float64: by the eigenvectors of the smaller of W W^T and W^T W, in half the time.
+
+        Squaring costs digits of small singular values only; a direction that has no energy left is a row of zeros.
+        """
+        wide = weight.detach().double()
+        tall = wide.shape[0] > wide.shape[1]
+        Q = torch.linalg.eigh(wide.mT @ wide if tall else wide @ wide.mT).eigenvectors.flip(1)[:, :top]
+        other = wide @ Q if tall else wide.mT @ Q
+        S: Tensor = torch.linalg.vector_norm(other, dim=0)
+        other = other / S.clamp_min(torch.finfo(S.dtype).tiny)
+        return cls(other, S, Q.mT) if tall else cls(Q, S, other.mT)
+
 
 @dataclass(frozen=True)
 class Direction:
@@ -75,7 +89,7 @@ class Intruders:
         name: of the weight.
         directions: the first k, largest singular value first.
         energy_share: of ||W1||_F^2 that the intruders hold, 0..1.
-        changed: the decomposition of W1, cut to k directions: U (O, k), S (k,), Vh (k, I).
+        changed: the decomposition of W1, cut to k directions: U (O, k), S (k,), Vh (k, I), float64.
     """
 
     name: str
@@ -130,17 +144,16 @@ def intruders(
     if not bool(W1.isfinite().all()):
         raise IntarsiaError(f"{name}: the changed weight has numbers that are not finite, so it has no singular values")
     base = SVD.of(wide) if base is None else base
-    whole = SVD.of(W1)
-    changed = SVD(whole.U[:, :top], whole.S[:top], whole.Vh[:top])
+    changed = SVD.leading(W1, top)
     likeness = _likeness(base, changed, side, degenerate)
     # A direction without energy is none: below this a singular value is rounding.
-    least = float(whole.S[0]) * max(W1.shape) * torch.finfo(W1.dtype).eps if len(whole.S) else 0.0
+    least = float(changed.S[0]) * max(W1.shape) * torch.finfo(W1.dtype).eps if len(changed.S) else 0.0
     directions = []
     for j, (sim, within) in enumerate(likeness.tolist()):
         value = float(changed.S[j])
         directions.append(Direction(j, value, sim, within, value > least and within < epsilon))
     energy = sum(one.value**2 for one in directions if one.intruder)
-    total = float(whole.S.double().square().sum())
+    total = float(W1.double().square().sum())
     return Intruders(name, edit.shape, tuple(directions), energy / total if total else 0.0, changed)
 
 
@@ -161,17 +174,17 @@ def _likeness(base: SVD, changed: SVD, side: str, degenerate: float) -> Tensor:
     starts, ends = _windows(base.S, degenerate)
     sides = []
     if side != "right":
-        sides.append(_of_one_side(base.U.mT @ changed.U, starts, ends))
+        sides.append(_of_one_side(base.U.double().mT @ changed.U, starts, ends))
     if side != "left":
-        sides.append(_of_one_side(base.Vh @ changed.Vh.mT, starts, ends))
+        sides.append(_of_one_side(base.Vh.double() @ changed.Vh.mT, starts, ends))
     return torch.stack(sides).amax(0)
 
 
 def _of_one_side(cosines: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     """(m, k) cosines of base vectors with changed ones -> (k, 2)."""
-    squares = cosines.double().square()
+    squares = cosines.square()
     sums = torch.cat([squares.new_zeros(1, squares.shape[1]), squares.cumsum(0)])
-    sim = cosines.double().abs().amax(0)
+    sim = cosines.abs().amax(0)
     within = (sums[ends] - sums[starts]).amax(0).clamp_min(0).sqrt()
     # Differences of running sums round; a window of one vector is that vector's own cosine.
     return torch.stack([sim, torch.maximum(sim, within)], dim=1).clamp_max(1.0)

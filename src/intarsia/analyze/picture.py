@@ -163,7 +163,9 @@ def _draw_heat(figure: Any, axes: Any, shown: Heat) -> None:
     axes.set_yticks(range(0, len(names), step), names[::step])
     axes.set_ylabel("layer")
     axes.set_title(shown.title, fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    if all(float(cell).is_integer() for row in shown.cells for cell in row if cell is not None):
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)  # of counts
 
 
 def _draw_spectra(axes: Any, spectra: Sequence[Spectrum]) -> None:

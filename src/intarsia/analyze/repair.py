@@ -45,8 +45,8 @@ def repaired(edit: Edit, looked: Intruders, factor: float = LAMBDA) -> Edit:
         return edit
     chosen = [one.j for one in looked.found]
     root = looked.changed.S[chosen].sqrt()
-    B = looked.changed.U[:, chosen] * root  # (O, n)
-    A = root[:, None] * looked.changed.Vh[chosen]  # (n, I)
+    B = (looked.changed.U[:, chosen] * root).float()  # (O, n)
+    A = (root[:, None] * looked.changed.Vh[chosen]).float()  # (n, I)
     return add(edit, LowRank(edit.shape, B.contiguous(), A.contiguous(), factor - 1.0))
 
 
