@@ -1,4 +1,4 @@
-"""Write the generated tables: the methods in README.md, docs/methods.md, and what becomes of edits in docs/interop.md.
+"""Write the generated tables: the methods in README.md, docs/methods.md, what becomes of edits in docs/interop.md, and docs/merging.md.
 
 python docs/tables.py            write
 python docs/tables.py --check    say what is out of date, and exit with 1 if anything is (a test does this)
@@ -15,12 +15,19 @@ import torch
 
 import intarsia as ia
 from intarsia.edits import KINDS, Dense, Edit, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
+from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
+from intarsia.merge import KINDS as MERGED_KINDS
+from intarsia.merge import Rule, Term, Where, known_rules
+from intarsia.merge.rule import taken
 from intarsia.support import GRANULARITIES, named_granularity
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- methods: made by docs/tables.py -->", "<!-- methods end -->"
 BEGIN_EDITS, END_EDITS = "<!-- edits: made by docs/tables.py -->", "<!-- edits end -->"
+
+BEGIN_RULES, END_RULES = "<!-- rules: made by docs/tables.py -->", "<!-- rules end -->"
+BEGIN_OUTCOMES, END_OUTCOMES = "<!-- outcomes: made by docs/tables.py -->", "<!-- outcomes end -->"
 
 
 def ours() -> list[type[ia.Method]]:
@@ -100,6 +107,44 @@ def edits_table() -> str:
     return "\n".join(rows)
 
 
+def rules_table() -> str:
+    """One row a merge rule."""
+    rows = ["| `merge_method` | | D | takes | paper |", "|---|---|---|---|---|"]
+    for name, rule in known_rules().items():
+        kinds = ", ".join(kind for kind in MERGED_KINDS if kind in rule.takes)
+        rows.append(f"| `{name}` | {rule.title} | `{rule.formula}` | {kinds} | {_link(rule.paper)} |")
+    return "\n".join(rows)
+
+
+def outcomes_table() -> str:
+    """What each rule makes of two edits of the same weight, asked of the rule."""
+    edits = samples()
+    kept = Rescaled((64, 64), edits["low_rank"], torch.full((64,), 2.0))
+    groups: dict[str, list[Edit]] = {
+        "elements": [edits["elements"]] * 2,
+        "columns": [edits["columns"]] * 2,
+        "elements and columns": [edits["elements"], edits["columns"]],
+        "low ranks": [edits["low_rank"]] * 2,
+        "elements and low rank": [edits["elements"], edits["low_rank"]],
+        "DoRA and elements": [kept, edits["elements"]],
+    }
+    rows = [f"| of | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
+    for name, rule in known_rules().items():
+        rows.append(f"| `{name}` | {' | '.join(outcome(rule(), group) for group in groups.values())} |")
+    return "\n".join(rows)
+
+
+def outcome(rule: Rule, edits: list[Edit]) -> str:
+    """The kind of edit that a rule with its defaults makes of these, or what it asks for."""
+    try:
+        parts = [taken(rule, "a", "up.weight", edit, None) for edit in edits]
+        terms = [Term(f"a{i}", edit, 0.5, rule) for i, edit in enumerate(parts)]
+        return rule.merge(terms, Where("up.weight")).edit.kind.replace("_", " ")
+    except IntarsiaError as error:
+        said = str(error)
+        return "needs `rank`" if "give svd a rank" in said else "needs `model`" if "model: MODEL" in said else "refused"
+
+
 def _link(paper: str) -> str:
     if paper.startswith("https://"):
         return f"[source]({paper})"
@@ -112,12 +157,24 @@ def expected() -> dict[Path, str]:
         ROOT / "README.md": _between(ROOT / "README.md", BEGIN, readme_table(), END),
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "docs" / "interop.md": _between(ROOT / "docs" / "interop.md", BEGIN_EDITS, edits_table(), END_EDITS),
+        ROOT / "docs" / "merging.md": merging_page(),
     }
+
+
+def merging_page() -> str:
+    """docs/merging.md with its two tables."""
+    page = ROOT / "docs" / "merging.md"
+    text = _between_in(page.read_text(encoding="utf-8"), BEGIN_RULES, rules_table(), END_RULES)
+    return _between_in(text, BEGIN_OUTCOMES, outcomes_table(), END_OUTCOMES)
 
 
 def _between(page: Path, begin: str, table: str, end: str) -> str:
     """The page with another table between its two marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    return _between_in(page.read_text(encoding="utf-8"), begin, table, end)
+
+
+def _between_in(text: str, begin: str, table: str, end: str) -> str:
+    before, _, rest = text.partition(begin)
     return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 
 

@@ -17,7 +17,10 @@ from transformers import LlamaForCausalLM
 import intarsia as ia
 from intarsia import registry
 from intarsia.bench.grid import Grid, check_methods
+from intarsia.merge import load_recipe
+from intarsia.merge import rule as merging
 from intarsia.train.config import load_config, load_tree, validated
+from small import stir
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,6 +81,32 @@ def test_the_page_of_analyses_runs(
     assert torch.equal(names["again"][0][0], names["a"][0][0])
 
 
+def test_merging_runs(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, model = ROOT / "docs" / "merging.md", tiny_llama()
+    for seed, name in enumerate(("pirate", "json")):
+        ia.attach(model, ia.Shira(density=0.1), name=name, seed=seed)
+        stir(model, name, seed)
+        ia.save(model, f"out/{name}", name)
+        ia.detach(model, name)
+    (config,) = blocks(page, "yaml")
+    Path("both.yaml").write_text(config.replace("json@latest", "out/json"), encoding="utf-8")
+    python, own = blocks(page, "python")
+    names: dict[str, Any] = {}
+    run(python, names, page)
+    deck = ia.Deck(model)
+    deck.add("out/both")
+    deck.use("both")
+    assert names["again"].made_of == ia.read("out/both").made_of
+    monkeypatch.setattr(merging, "_RULES", dict(merging._RULES))
+    run(own, names, page)
+    one, half = (names["merge"](["out/json"], rule=rule) for rule in ("sum", "halved"))
+    for weight, edit in one.edits.items():
+        assert torch.equal(half.edits[weight].tensors()["values"], 0.5 * edit.tensors()["values"])
+
+
 def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-a-method.md"
     method, laws = blocks(page, "python")
@@ -100,6 +129,8 @@ def test_configs_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
         file.write_text(block, encoding="utf-8")
         if "\nmethods:" in block:  # a comparison
             check_methods(validated(Grid, load_tree(file), page.name))
+        elif "merge_method:" in block:
+            load_recipe(file)
         else:
             load_config(file)
 

@@ -58,6 +58,8 @@ def sparse(D: Tensor, index: Tensor) -> Edit:
     return elements((D.shape[0], D.shape[1]), index, D.reshape(-1)[index])
 
 
-def adapter(name: str, edits: Mapping[str, Edit], base: Base = BASE, **note: Any) -> Adapter:
+def adapter(
+    name: str, edits: Mapping[str, Edit], base: Base = BASE, note: Mapping[str, Any] | None = None, **noted: Any
+) -> Adapter:
     """An adapter in memory."""
-    return Adapter(name, edits, base, {"name": "shira"}, {"seed": 0}, note)
+    return Adapter(name, edits, base, {"name": "shira"}, {"seed": 0}, {**(note or {}), **noted})

@@ -98,7 +98,7 @@ def test_normalizing_counts_those_that_leave_a_weight_alone():
 
 def test_the_order_of_adapters_and_weights_does_not_matter():
     pair = _pair()
-    turned = {name: adapter(name, dict(reversed(pair[name].edits.items()))) for name in reversed(pair)}
+    turned = {name: adapter(name, dict(reversed(list(pair[name].edits.items())))) for name in reversed(pair)}
     for rule in ("sum", "ties", "dare", "della", "breadcrumbs", "magnitude"):
         one, other = (merge(group, rule=rule, seed=3) for group in (pair, turned))
         for weight in one.edits:

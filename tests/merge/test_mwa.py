@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ SHAPE = (6, 8)
 WEIGHT = "layers.0.up.weight"
 
 
-def _run(edits: list[Edit], losses: list[float], **parameters: Any) -> Edit:
+def _run(edits: Sequence[Edit], losses: Sequence[float], **parameters: Any) -> Edit:
     adapters = {
         f"step-{i}": adapter(f"step-{i}", {WEIGHT: e}, loss=loss)
         for i, (e, loss) in enumerate(zip(edits, losses, strict=True))
@@ -112,7 +113,7 @@ def test_metrics_come_from_the_note_or_are_given():
     index = torch.tensor([0])
     ones = [elements(SHAPE, index, torch.tensor([float(v)], dtype=torch.float64)) for v in (1, 3)]
     trained = {
-        "first": adapter("first", {WEIGHT: ones[0]}, **{"training loss": 2.0, "steps": 100}),
+        "first": adapter("first", {WEIGHT: ones[0]}, note={"training loss": 2.0, "steps": 100}),
         "last": adapter("last", {WEIGHT: ones[1]}, loss=1.0, step=300),
     }
     by_loss = merge(trained, rule="mwa")

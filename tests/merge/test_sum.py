@@ -51,7 +51,7 @@ def test_a_mixture_is_one_part_a_kind():
     found = add(*parts)
     assert isinstance(found, Sum)
     assert [type(part) for part in found.parts] == [Sparse, LowRank]
-    assert [part.tensors().get("A", part.tensors().get("values")).shape[0] for part in found.parts] == [3, 3]
+    assert [part.tensors()[key].shape[0] for part, key in zip(found.parts, ("values", "A"), strict=True)] == [3, 3]
     torch.testing.assert_close(change(found), sum(map(change, parts)), rtol=1e-12, atol=1e-13)
     again = add(scale(found, 0.5), dense(D), dense(D))
     assert isinstance(again, Sum)

@@ -15,7 +15,7 @@ SHAPE = (14, 11)
 @pytest.mark.parametrize("rank", [1, 3, 5, 6])
 def test_it_is_the_truncated_svd_of_the_sum_and_its_loss_is_measured(rank):
     edits, weights = [low_rank(0, SHAPE, 4, 0.5), low_rank(9, SHAPE, 2, 2.0)], [0.7, -1.2]
-    D = sum(w * change(edit) for w, edit in zip(weights, edits, strict=True))
+    D = torch.stack([w * change(edit) for w, edit in zip(weights, edits, strict=True)]).sum(0)
     U, S, Vh = torch.linalg.svd(D)
     found = merged("svd", edits, weights, rank=rank)
     assert isinstance(found.edit, LowRank)

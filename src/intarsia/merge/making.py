@@ -78,8 +78,8 @@ def made(
     raise_all(dict.fromkeys(faults), "not merged")
     if not edits:
         raise IntarsiaError("nothing is left of these adapters under this rule; keep a larger share (density)")
-    error = {"lost in the approximation": math.sqrt(lost / of)} if of else {}
-    return Adapter(name, edits, _base(planned), planned.config(), _about(planned), error)
+    note = {"lost in the approximation": math.sqrt(lost / of)} if of else {}
+    return Adapter(name, edits, _base(planned), planned.config(), _about(planned), note)
 
 
 def _merged(planned: Plan, weight: str, W: Tensor | None) -> Merged | None:

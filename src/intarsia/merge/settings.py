@@ -56,8 +56,10 @@ class Setting:
             IntarsiaError: for a gradient at a weight whose name has no number of a layer.
         """
         case = next((case for case in self.cases if case.fits(weight)), None)
-        if case is None or not isinstance(case.value, tuple):
-            return None if case is None else case.value
+        if case is None:
+            return None
+        if not isinstance(case.value, tuple):
+            return case.value
         layer = layer_of(weight)
         if layer is None:
             raise IntarsiaError(
