@@ -35,6 +35,11 @@ def run(layers, x: Tensor) -> Tensor:
     return x
 
 
+def numbers(layers) -> Tensor:
+    """All weights and biases in one row."""
+    return torch.cat([tensor.flatten() for layer in layers for tensor in layer if tensor is not None])
+
+
 def shuffled(seed: int, layers) -> tuple[list[Layer], list[Tensor]]:
     dice = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(W), generator=dice) for W, _ in layers[:-1]]
@@ -87,8 +92,7 @@ def test_the_function_stays_and_the_objective_never_falls(seed):
     assert float((run(permuted(wide, found.orders), x) - run(wide, x)).abs().max()) < 1e-6
     assert all(later > earlier for earlier, later in itertools.pairwise(found.scores))
     matched = permuted(b, found.orders)
-    numbers = [torch.cat([t.flatten() for layer in net for t in layer if t is not None]) for net in (a, matched)]
-    inner = float(numbers[0] @ numbers[1])
+    inner = float(numbers(a) @ numbers(matched))
     assert found.scores[-1] == pytest.approx(inner, rel=1e-4)
     for (W1, _), (W2, _) in zip(b, matched, strict=True):
         torch.testing.assert_close(torch.linalg.svdvals(W1), torch.linalg.svdvals(W2), atol=1e-4, rtol=1e-5)
@@ -100,11 +104,7 @@ def test_one_hidden_layer_is_matched_as_well_as_can_be(seed, bias):
     a, b = (network(seed + n, (3, 5, 3), bias=bias) for n in (0, 1000))
 
     def likeness(order: list[int]) -> float:
-        found = permuted(b, [torch.tensor(order)])
-        layers = zip(a, found, strict=True)
-        return sum(
-            float((x * y).sum()) for one, other in layers for x, y in zip(one, other, strict=True) if x is not None
-        )
+        return float(numbers(a) @ numbers(permuted(b, [torch.tensor(order)])))
 
     best = max(likeness(list(order)) for order in itertools.permutations(range(5)))
     assert weight_matching(a, b).scores[-1] == pytest.approx(best, rel=1e-5, abs=1e-5)
