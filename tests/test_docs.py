@@ -61,6 +61,27 @@ def test_the_readme_runs(
     run(second, names, ROOT / "README.md")
 
 
+def test_the_page_of_analyses_runs(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, ids = tiny_llama(), torch.randint(1, 320, (2, 12))
+    ia.attach(model, ia.Lora(rank=2), name="json", seed=0)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape))
+    ia.save(model, "out/json", "json")
+    ia.detach(model, "json")
+    page = ROOT / "docs" / "analyze.md"
+    names: dict[str, Any] = {"model": model, "batch": {"input_ids": ids, "labels": ids}}
+    assert len(blocks(page, "python")) == 4
+    for block in blocks(page, "python"):
+        run(block, names, page)
+    assert sum(map(len, names["intruders"].values())) > 0
+    assert names["mended"].digest != names["adapter"].digest
+    assert torch.equal(names["again"][0][0], names["a"][0][0])
+
+
 def test_merging_runs(
     tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,13 +39,20 @@ SURFACE = {
         ["model", "adapters"],
         ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--system", "--plain", "--json"],
     ),
-    "show": (["adapter"], ["--model", "--spectrum", "--plot", "--json"]),
+    "show": (
+        ["adapter"],
+        ["--model", "--spectrum", "--plot", "--html", "--intruders", "--top", "--epsilon", "--side", "--json"],
+    ),
     "merge": (
         ["config", "overrides"],
         [
             *("--dry-run", "--schema", "--overwrite", "--report", "--data", "--other", "--rows", "--plot"),
             *("--search", "--trials", "--objective", "--restart", "--json"),
         ],
+    ),
+    "repair": (
+        ["adapter", "output"],
+        ["--model", "--lambda", "--top", "--epsilon", "--side", "--rank", "--overwrite", "--json"],
     ),
     "convert": (
         ["source", "output"],
@@ -109,10 +116,10 @@ def test_version(intarsia):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["trainn"], "no command 'trainn'; did you mean 'train'?"),
+        (["trainn"], "no command 'trainn'; did you mean 'train'"),
         (
             ["xyz"],
-            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, merge, methods, registry, show, train",
+            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, merge, methods, registry, repair, show, train",
         ),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import intarsia as ia
 from intarsia import pretrained
 from intarsia.edits import Sparse
-from toy import toy_tokenizer
+from toy import save_toy, toy_model, toy_tokenizer
 
 
 def test_facts_of_an_adapter(intarsia, world):
@@ -125,8 +125,14 @@ def test_a_plot_that_cannot_be(intarsia, world, tmp_path, name, file, said):
 
 
 def test_a_base_that_is_not_its_own(intarsia, world, tmp_path):
-    from toy import save_toy
-
-    ended = intarsia("show", world.adapters["spells"], "--model", save_toy(tmp_path / "other"))
+    toy_model(seed=1).save_pretrained(tmp_path / "other")
+    toy_tokenizer().save_pretrained(tmp_path / "other")
+    ended = intarsia("show", world.adapters["spells"], "--model", tmp_path / "other")
     assert ended.code == 2
-    assert "belongs to another base (it was made on bfloat16, this model is float32)" in ended.err
+    assert "belongs to another base (its weights differ)" in ended.err
+
+
+def test_the_base_is_loaded_in_the_dtype_that_the_adapter_was_made_on(intarsia, world, tmp_path):
+    # The same numbers in a file of another dtype: what training with load: {dtype: bfloat16} starts from.
+    shown = intarsia("show", world.adapters["spells"], "--model", save_toy(tmp_path / "wide"), "--json").json
+    assert shown["relative"] > 0

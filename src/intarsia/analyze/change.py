@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.analyze.spectrum import change_of, effective_rank, energy_share, needs_weight, spectrum, stable_rank
+from intarsia.analyze.rankme import rankme
+from intarsia.analyze.spectrum import (
+    change_of,
+    effective_rank,
+    energy_share,
+    needs_weight,
+    numerical_rank,
+    spectrum,
+    stable_rank,
+)
 from intarsia.edits import Edit, LowRank, Sparse, place, summed
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter
@@ -169,6 +178,8 @@ class Spectrum:
     values: tuple[float, ...]
     effective_rank: float
     stable_rank: float
+    numerical_rank: int
+    rankme: float
     top_shares: Mapping[int, float]  # k -> share of the squared norm in the k largest
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,14 +202,15 @@ def weight_changes(
     """
     rows = []
     for done, (name, edit) in enumerate(adapter.edits.items(), 1):
-        weight = None if weights is None else _weight(weights, name, edit)
+        weight = None if weights is None else base_weight(weights, name, edit)
         rows.append(_weight_change(name, edit, weight))
         if progress:
             progress(done, len(adapter.edits), "measuring the change")
     return rows
 
 
-def _weight(weights: Mapping[str, Tensor], name: str, edit: Edit) -> Tensor:
+def base_weight(weights: Mapping[str, Tensor], name: str, edit: Edit) -> Tensor:
+    """The base's weight that an edit belongs to. Raises IntarsiaError when it is missing or of another shape."""
     if name not in weights or tuple(weights[name].shape) != tuple(edit.shape):
         found = f"it is {tuple(weights[name].shape)}" if name in weights else "it has none of that name"
         raise IntarsiaError(f"{name}: the adapter edits a weight {tuple(edit.shape)}; in this model {found}")
@@ -245,9 +257,10 @@ def spectra(
     found = []
     for done, name in enumerate(names, 1):
         edit = adapter.edits[name]
-        s = spectrum(edit, None if weights is None else _weight(weights, name, edit))
+        s = spectrum(edit, None if weights is None else base_weight(weights, name, edit))
         shares = {k: energy_share(s, k) for k in TOP if k <= len(s)}
-        found.append(Spectrum(name, tuple(s.tolist()), effective_rank(s), stable_rank(s), shares))
+        ranks = effective_rank(s), stable_rank(s), numerical_rank(s), rankme(s)
+        found.append(Spectrum(name, tuple(s.tolist()), *ranks, shares))
         if progress:
             progress(done, len(names), "spectrum")
     return found

@@ -60,6 +60,14 @@ def effective_rank(s: Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
 
 
+def numerical_rank(s: Tensor, tolerance: float | None = None) -> int:
+    """How many singular values are above ``tolerance`` times the largest; by default m times the dtype's machine epsilon."""
+    if not len(s) or not s[0] > 0:
+        return 0
+    tolerance = len(s) * torch.finfo(s.dtype).eps if tolerance is None else tolerance
+    return int((s > tolerance * s[0]).sum())
+
+
 def stable_rank(s: Tensor) -> float:
     """||.||_F^2 / ||.||_2^2: never above the rank, and deaf to small singular values; 0 for no change."""
     return float(s.square().sum() / s[0].square()) if len(s) and s[0] > 0 else 0.0

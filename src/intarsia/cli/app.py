@@ -18,6 +18,7 @@ from intarsia.cli.demo import demo
 from intarsia.cli.evaluate import evaluate
 from intarsia.cli.merge import merge
 from intarsia.cli.methods import methods
+from intarsia.cli.repair import repair
 from intarsia.cli.show import show
 from intarsia.cli.train import train
 from intarsia.errors import ElsewhereError, IntarsiaError, nearest
@@ -129,6 +130,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "show": show,
     "merge": merge,
+    "repair": repair,
     "convert": convert,
     "methods": methods,
     "check": check,

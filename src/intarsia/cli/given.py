@@ -85,7 +85,10 @@ def base_of(adapters: Mapping[str, Adapter], model: str | None) -> str:
 def load_model(
     name: str, progress: Progress, *, named: bool = True, adapters: Sequence[str] = (), dtype: str = "auto"
 ) -> Pretrained:
-    """Load a model, on the GPU where there is one. ``named=False``: the name comes from an adapter's file."""
+    """Load a model, on the GPU where there is one. ``named=False``: the name comes from an adapter's file.
+
+    ``dtype``: ``auto`` for that of the model's file.
+    """
     import torch
 
     from intarsia import pretrained

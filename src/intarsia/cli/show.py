@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import given, terminal
+from intarsia.cli import directions, given, terminal
+from intarsia.cli.directions import Epsilon, Side, Top
+from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from intarsia.analyze import Group, Spectrum, WeightChange
+    from intarsia.analyze import Group, Intruders, Spectrum, WeightChange
     from intarsia.store import Adapter
-    from intarsia.train.progress import Progress
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -32,37 +33,68 @@ def show(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw where it changes the base, and the spectra: FILE.png.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write all of it as one page, pictures within it: FILE.html.")
+    ] = None,
+    intruders: Annotated[
+        bool,
+        typer.Option("--intruders", help="Look for intruder dimensions, beside the base (--model); takes minutes."),
+    ] = False,
+    top: Top = 10,
+    epsilon: Epsilon = 0.5,
+    side: Side = "left",
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What an adapter changes, by how much, and of which rank; its method, sizes, digest and base."""
     from intarsia import analyze, store
+    from intarsia.page import write
 
     folder = given.adapter_folder(adapter)
     found = store.read(folder)
+    _check(found, model, plot, html, intruders)
+    analyze.check_settings(top, epsilon, side)
     with terminal.progress() as progress:
-        weights = _weights(found, model, progress) if model is not None else None
+        weights = directions.base_weights(found, model, progress) if model is not None else None
         changes = analyze.weight_changes(found, weights, progress.work)
         chosen = _most_changed(found, changes, spectrum, weights is not None)
         spectra = analyze.spectra(found, chosen, weights, progress.work)
-    if plot is not None:
-        analyze.picture(changes, spectra, plot, f"{found.name}: {found.method.get('name', '?')}")
+        looked: list[Intruders] = []
+        if intruders and weights is not None:
+            looked = analyze.adapter_intruders(
+                found, weights, top=top, epsilon=epsilon, side=side, progress=progress.work
+            )  # fmt: skip
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    if json:
-        return terminal.print_json(_plain(found, folder, files, changes, spectra))
-    _print(found, folder, files, changes, spectra, model)
     if plot is not None:
-        terminal.output().print(f"\npicture  {plot}", markup=False)
+        title = f"{found.name}: {found.method.get('name', '?')}"
+        analyze.picture(changes, spectra, plot, title, looked, epsilon)
+    if html is not None:
+        write(analyze.report(found, changes, spectra, looked, epsilon=epsilon, file_bytes=sum(files.values())), html)
+    if json:
+        more = {"intruders": directions.counts(looked, top, epsilon, side)} if intruders else {}
+        return terminal.print_json(_plain(found, folder, files, changes, spectra) | more)
+    _print(found, folder, files, changes, spectra, model)
+    if intruders:
+        terminal.output().print()
+        directions.print_table(looked, top, epsilon, side)
+    for what, file in (("picture", plot), ("page", html)):
+        if file is not None:
+            terminal.output().print(f"\n{what}  {file}", markup=False)
     return None
 
 
-def _weights(adapter: Adapter, model: str, progress: Progress) -> dict[str, Any]:
-    """The weights of the base, which has to be the adapter's own, as the (O, I) that edits know: a Conv1D stores (I, O)."""
-    from intarsia.model import check_fits, digest
-    from intarsia.site import site_at
+def _check(adapter: Adapter, model: str | None, plot: Path | None, html: Path | None, intruders: bool) -> None:
+    """What cannot be, before a model is loaded and anything is measured."""
+    from intarsia.analyze import check_picture
 
-    loaded = given.load_model(model, progress).model
-    check_fits(loaded, adapter, adapter.name, digest(loaded))
-    return {name: site_at(loaded, name.removesuffix(".weight")).weight.detach() for name in adapter.edits}
+    if intruders and model is None:
+        raise IntarsiaError(
+            "intruder dimensions are seen beside the base's weights; name the base: "
+            f"--model {adapter.base.source or 'MODEL'}"
+        )
+    if plot is not None:
+        check_picture(plot)
+    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+        raise IntarsiaError(f"--html {html}: the file name should end in .html")
 
 
 def _most_changed(adapter: Adapter, changes: Sequence[WeightChange], count: int, based: bool) -> list[str]:
@@ -218,13 +250,14 @@ def _print_spectra(out: Console, spectra: Sequence[Spectrum]) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("the most changed weights", no_wrap=True, style="cyan")
-    for column in ("effective rank", "stable rank", "largest singular values hold"):
+    for column in ("rank", "effective rank", "stable rank", "largest singular values hold"):
         table.add_column(column, justify="right")
     for one in spectra:
         shares = ", ".join(f"{k}: {share:.0%}" for k, share in one.top_shares.items())
         table.add_row(
             one.name.removesuffix(".weight"),
-            f"{one.effective_rank:.1f} of {len(one.values)}",
+            f"{one.numerical_rank} of {len(one.values)}",
+            f"{one.effective_rank:.1f}",
             f"{one.stable_rank:.1f}",
             shares,
         )

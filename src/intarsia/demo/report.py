@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from intarsia import page as shared
 from intarsia.demo.charts import Bar, Line, line_chart, log_bars, share_bars
 from intarsia.demo.result import About, DemoResult, Fusion, Trained, milliseconds, percent
 from intarsia.evaluate import BASE
@@ -18,10 +18,7 @@ SPARSE, LORA, GREY = "#0f766e", "#c2570c", "#8a8f98"
 
 def write_report(result: DemoResult, path: Path) -> Path:
     """Write the page, aside and renamed: inline styles and SVG, no scripts, nothing from the network."""
-    aside = path.with_suffix(".part")
-    aside.write_text(page(result), encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    return shared.write(page(result), path)
 
 
 def page(result: DemoResult) -> str:
@@ -35,29 +32,15 @@ def page(result: DemoResult) -> str:
         ("The adapters", _adapters(result)),
         ("How this was made", _about(result)),
     ]
-    body = "\n".join(f"<section><h2>{escape(title)}</h2>\n{content}</section>" for title, content in sections)
     quick = '<p class="note">Quick run: a few steps on few items. The skills are poorer than they could be.</p>'
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>intarsia: {len(result.skills)} skills on {escape(result.title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kicker">intarsia demo</p>
-<h1>{escape(result.headline())}</h1>
-{quick if result.quick else ""}
-{_tiles(result)}
-</header>
-{body}
-</main>
-</body>
-</html>
-"""
+    return shared.page(
+        title=f"intarsia: {len(result.skills)} skills on {result.title}",
+        kicker="intarsia demo",
+        headline=result.headline(),
+        head=(quick if result.quick else "") + _tiles(result),
+        sections=sections,
+        style=STYLE,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- sections
@@ -78,10 +61,7 @@ def _tiles(result: DemoResult) -> str:
         (f"{len(wins)} of {len(result.skills)}", "skills on which sparse has a lower held-out loss than LoRA at the same count"),
     ]  # fmt: skip
     good = [True, result.exactness.exact, True, True, True]
-    return '<div class="tiles">' + "".join(
-        f'<div class="tile{"" if fine else " bad"}"><b>{escape(figure)}</b><span>{escape(text)}</span></div>'
-        for (figure, text), fine in zip(tiles, good, strict=True)
-    ) + "</div>"  # fmt: skip
+    return shared.tiles((figure, text, fine) for (figure, text), fine in zip(tiles, good, strict=True))
 
 
 def _matrix(result: DemoResult) -> str:
@@ -206,7 +186,7 @@ def _examples(result: DemoResult) -> str:
             if e.skill == skill.name
         ]
         parts.append(f"<h3>{escape(skill.title)}</h3>")
-        parts.append(_table(("given", "truth", "base", own.kind, "LoRA"), rows, ("", "truth", "", "", "")))
+        parts.append(shared.table(("given", "truth", "base", own.kind, "LoRA"), rows, ("", "truth", "", "", "")))
     return "".join(parts)
 
 
@@ -225,7 +205,9 @@ def _adapters(result: DemoResult) -> str:
         for a in result.adapters
     ]
     head = ("adapter", "method", "settings", "trained", "file", "steps", "tokens/s", "SHA-256")
-    return f"<p>Each in a folder of its own under <code>adapters/</code>, with a model card.</p>{_table(head, rows)}"
+    return (
+        f"<p>Each in a folder of its own under <code>adapters/</code>, with a model card.</p>{shared.table(head, rows)}"
+    )
 
 
 def _about(result: DemoResult) -> str:
@@ -240,17 +222,6 @@ def _about(result: DemoResult) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ pieces
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], styles: Sequence[str] | None = None) -> str:
-    """``rows`` hold HTML already, ``head`` plain text."""
-    styles = styles or [""] * len(head)
-    body = "".join(
-        "<tr>" + "".join(f'<td class="{style}">{cell}</td>' for cell, style in zip(row, styles, strict=True)) + "</tr>"
-        for row in rows
-    )
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return f'<div class="scroll"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _legend() -> str:
@@ -276,34 +247,6 @@ def _named(result: DemoResult, name: str) -> Trained:
 
 
 STYLE = """
-:root{color-scheme:light dark;--bg:#fbfbf9;--card:#fff;--ink:#1c2024;--soft:#5d6670;--line:#e3e5e4;--sparse:#0f766e;
---lora:#c2570c;--plain:#8a8f98;--bad:#b42318;--heat:15,118,110}
-@media(prefers-color-scheme:dark){:root{--bg:#14171a;--card:#1b1f23;--ink:#e8eaec;--soft:#9aa4ad;--line:#2d3338;
---sparse:#2dd4bf;--lora:#fb923c;--plain:#7c858e;--bad:#f97066;--heat:45,212,191}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1020px;margin:0 auto;padding:48px 24px 96px}
-header{margin-bottom:24px}
-.kicker{margin:0;color:var(--sparse);font-weight:650;letter-spacing:.08em;text-transform:uppercase;font-size:13px}
-h1{font-size:clamp(21px,2.7vw,29px);line-height:1.32;font-weight:650;letter-spacing:-.012em;margin:.4em 0 1em;text-wrap:pretty}
-h2{font-size:20px;letter-spacing:-.01em;margin:0 0 .5em}
-h3{font-size:15px;margin:1.4em 0 .3em}
-p{margin:.5em 0 1em;max-width:78ch}
-ul{padding-left:1.2em;max-width:78ch}
-li{margin:.25em 0}
-section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:24px 26px;margin:20px 0}
-.note{color:var(--soft);font-size:14px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
-.tile b{display:block;font-size:23px;font-weight:650;color:var(--sparse);letter-spacing:-.01em}
-.tile.bad b{color:var(--bad)}
-.tile span{font-size:13px;line-height:1.35;display:block;color:var(--soft)}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
-th,td{text-align:left;padding:7px 10px;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600}
-thead th{color:var(--soft);font-weight:550;font-size:13px}
-small{display:block;font-weight:400;color:var(--soft);font-size:12px}
 .matrix td{text-align:center;background:rgba(var(--heat),calc(var(--gain)*.62));border:2px solid var(--card);border-radius:6px}
 .matrix td.own{outline:2px solid var(--ink);outline-offset:-3px}
 .matrix td.deep small{color:inherit;opacity:.85}
@@ -311,7 +254,6 @@ small{display:block;font-weight:400;color:var(--soft);font-size:12px}
 .matrix tr.rule>*{border-top:10px solid var(--card)}
 .matrix tbody th{white-space:nowrap}
 td.truth{font-weight:600}
-code{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .three{display:grid;grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:18px}
 figure{margin:0}
 figcaption{font-weight:600;font-size:14px;margin-bottom:4px}
@@ -336,7 +278,6 @@ svg .bar.plain{fill:var(--plain)}
 .key::before{content:"";display:inline-block;width:10px;height:10px;border-radius:3px;margin:0 5px 0 2px;background:currentColor}
 .key.sparse{color:var(--sparse)}
 .key.lora{color:var(--lora)}
-@media print{section{break-inside:avoid}}
 """
 
 
