@@ -130,6 +130,10 @@ class Config(Section):
     method: dict[str, Any] = Field(description="a method's name, or a mapping of its name and fields")
     targets: Names = Field(default="all-linear", description="which weights: all-linear, globs, re:...")
     exclude: list[str] = Field(default_factory=list, description="weights to leave alone, named like targets")
+    avoid: list[PathText] = Field(
+        default_factory=list,
+        description="folders of adapters whose entries are not chosen, so that fusing keeps all values",
+    )
     output: PathText = Field(description="folder to write the adapter to")
     overwrite: bool = Field(default=False, description="replace an adapter that stands in the output folder")
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -152,8 +156,7 @@ class Config(Section):
             value["data"] = {"train": value["data"]}
         if isinstance(value.get("method"), str):
             value["method"] = {"name": value["method"]}
-        if isinstance(value.get("exclude"), str):
-            value["exclude"] = [value["exclude"]]
+        value |= {key: [value[key]] for key in ("exclude", "avoid") if isinstance(value.get(key), str)}
         return value
 
     @model_validator(mode="after")

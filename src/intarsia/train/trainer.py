@@ -512,7 +512,7 @@ def _attached(ready: Plan, progress: Progress, checkpoint: Path | None) -> Itera
 
 def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
     model, config = ready.pretrained.model, ready.config
-    given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "seed": config.seed}
+    given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "avoid": ready.avoid, "seed": config.seed}
     if "movement" not in ready.method.needs():
         data = calibration_batches(ready) if ready.method.needs() else None
         attach(model, ready.method, config.targets, **given, data=data, progress=progress.work)
