@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import intarsia as ia
@@ -25,7 +25,7 @@ X = some_input(seed=7)
 
 def made(model, method: Method, name: str, **given) -> ia.Adapter:
     """An adapter with stirred values; the model is the base again."""
-    ia.attach(model, method, data=[X], loss=some_loss, **given)
+    ia.attach(model, method, data=[X.to(layer_of(model, "up").weight.dtype)], loss=some_loss, **given)
     stir(model, seed=len(name))
     adapter = ia.export(model, "default", called=name)
     ia.detach(model, "default")
@@ -54,20 +54,19 @@ def test_magnitude_takes_the_next_largest_for_every_task():
             assert entries(task, site) == set(order[t * 38 : (t + 1) * 38])
 
 
-@pytest.mark.parametrize("scorer", ["gradient", "snip", "fisher", "wanda", "residual", f"{__name__}:rising"])
+@pytest.mark.parametrize("scorer", ["snip", "wanda", "residual", f"{__name__}:rising"])
 def test_a_score_takes_the_best_of_what_is_left(scorer):
     model, order = small_net(), {}
-    all_of_them = made(model, ia.Shira(density=1.0), "all")
-    for density in range(1, 384):  # one entry more at a time gives the whole ranking, ties and all
-        ia.attach(model, ia.Shira(density=density / 384, scorer=scorer), "up", data=[X], loss=some_loss)
-        order[density] = set(state_of(model, "up").index.tolist())
+    for count in range(1, 70):  # one entry more at a time gives the ranking, ties and all
+        ia.attach(model, ia.Shira(density=count / 384, scorer=scorer), "up", data=[X], loss=some_loss)
+        order[count] = set(state_of(model, "up").index.tolist())
         ia.detach(model, "default")
-    ranking = [*order[1], *(min(order[k] - order[k - 1]) for k in range(2, 384))]
+    ranking = [*order[1], *(min(order[k] - order[k - 1]) for k in range(2, 70))]
     other = made(model, ia.Shira(density=0.3), "other", seed=3)
-    found = made(model, ia.Shira(density=0.2, scorer=scorer), "found", targets="up", avoid=other)
+    found = made(model, ia.Shira(density=0.1, scorer=scorer), "found", targets="up", avoid=other)
     free = [i for i in ranking if i not in entries(other, "up")]
-    assert entries(found, "up") == set(free[:77])
-    assert len(entries(all_of_them, "up")) == 384
+    assert 38 <= len(free) < 69  # some are left out, and enough are known
+    assert entries(found, "up") == set(free[:38])
 
 
 @ia.scorer()
@@ -118,7 +117,9 @@ def test_struct_takes_rows_of_the_next_offset_where_its_own_are_full():
     rows = torch.ones(24, 16, dtype=torch.bool)
     rows[::4] = False
     rows[range(16), range(16)] = False
-    found = struct((24, 16), 40, free=rows.view(-1))  # 24 // (ceil(40 / 16) + 1) = 6 apart; 0 and 12 are full, 6 and 18 not
+    found = struct(
+        (24, 16), 40, free=rows.view(-1)
+    )  # 24 // (ceil(40 / 16) + 1) = 6 apart; 0 and 12 are full, 6 and 18 not
     assert sorted({int(i) // 16 for i in found}) == [1, 6, 18]
 
 
@@ -141,7 +142,7 @@ def test_a_budget_of_the_model_counts_what_is_left(budget):
     free = {site: sorted(set(range(384)) - entries(first, site)) for site in SITES}
     sizes = {site: base[site].abs().flatten()[free[site]] for site in SITES}
     if budget == "model":
-        threshold = torch.cat(list(sizes.values())).sort(descending=True).values[460]
+        threshold = torch.cat(list(sizes.values())).sort(descending=True).values[461]
         assert counts == {site: int((sizes[site] > threshold).sum()) for site in SITES}
     for site in SITES:
         best = sizes[site].argsort(descending=True, stable=True)[: counts[site]]
@@ -157,10 +158,10 @@ def test_a_budget_of_the_model_gives_nothing_to_a_full_weight():
 
 
 def test_tiles_compete_for_what_is_left():
-    model, smt = small_net(), Smt(of="all", width=4, density=0.3)
+    model, smt = small_net(), Smt(of="all", width=4, density=0.25)
     first = made(model, smt, "first")
     second = made(model, smt, "second", avoid=first)
-    whole = made(model, Smt(of="all", width=4, density=0.6), "whole")
+    whole = made(model, Smt(of="all", width=4, density=0.5), "whole")
     for site in SITES:  # the next best of one ranking
         assert entries(first, site) | entries(second, site) == entries(whole, site)
         assert not entries(first, site) & entries(second, site)
@@ -206,6 +207,7 @@ UNITS = [{"granularity": "element"}, {"granularity": "row"}, {"granularity": "co
          *({"granularity": unit, "width": width} for unit in ("line", "tile", "row", "column") for width in (2, 4))]  # fmt: skip
 
 
+@settings(max_examples=60)
 @given(
     st.tuples(st.sampled_from(UNITS), st.sampled_from(UNITS)),
     st.tuples(st.sampled_from(["random", "magnitude", "snip"]), st.sampled_from(["random", "magnitude", "snip"])),
@@ -213,14 +215,15 @@ UNITS = [{"granularity": "element"}, {"granularity": "row"}, {"granularity": "co
     st.integers(0, 3),
     st.booleans(),
 )
-def test_fused_they_hold_the_values_of_each_to_the_bit(units, scorers, dtype, seed, packed):
+def test_fused_they_hold_the_values_of_each_to_the_bit(units, scorers, dtype, seed, turned):
     model = small_net(dtype)
     first = made(model, ia.Shira(density=0.15, scorer=scorers[0], **units[0]), "a", seed=seed)
     second = ia.Shira(density=0.15, scorer=scorers[1], **units[1])
     try:
         other = made(model, second, "bb", seed=seed, avoid=[first])
     except IntarsiaError as error:  # every row or column holds one of the first one's entries
-        assert "are left" in str(error)
+        if "are left" not in str(error):
+            raise
         return
     base = weights(model)
     deck = ia.Deck(model)
@@ -230,7 +233,7 @@ def test_fused_they_hold_the_values_of_each_to_the_bit(units, scorers, dtype, se
     for name in ("a", "bb"):
         deck.use(name)
         alone[name] = weights(model)
-    deck.fuse(a=1, bb=1) if packed else deck.fuse(bb=1.0, a=1.0)
+    deck.fuse({"bb": 1, "a": 1} if turned else {"a": 1, "bb": 1})
     fused = weights(model)
     for site in SITES:
         mine, its = (torch.tensor(sorted(entries(each, site)), dtype=torch.int64) for each in (first, other))
@@ -254,7 +257,9 @@ def test_a_change_of_minus_zero_stays_one():
     with torch.no_grad():
         layer_of(model, "up").weight.fill_(-0.0)
     first, other = (
-        ia.Adapter(name, {"up.weight": replace(edit, values=torch.full_like(edit.values, -0.0))}, adapter.base, adapter.method)
+        ia.Adapter(
+            name, {"up.weight": replace(edit, values=torch.full_like(edit.values, -0.0))}, adapter.base, adapter.method
+        )
         for name, adapter, edit in two(model)
     )
     deck = ia.Deck(model)
@@ -344,8 +349,12 @@ def test_an_overfull_weight_is_named_with_what_is_left():
     ]
     with pytest.raises(IntarsiaError, match="up: 77 elements"):
         models.plan(model, ia.Shira(density=0.2), avoid=first)
+    half = made(model, ia.Shira(density=0.7), "half", targets="up", seed=4)
     few = ia.Shira(density=0.2, budget="neuron")
-    refused(model, few, "up: 3 elements of every row are asked for, and in row .* are left beside", avoid=first)
+    row = min(range(24), key=lambda row: (sum(i // 16 != row for i in entries(half, "up")), row))
+    left = 16 - sum(i // 16 == row for i in entries(half, "up"))
+    message = refused(model, few, "elements of every row", avoid=half)
+    assert message.startswith(f"up: 3 elements of every row are asked for, and in row {row} {left} are left beside")
     whole = ia.Shira(density=0.5, scorer="magnitude", budget="model")
     refused(model, whole, r"576 units of 3 weights are asked for, and 460 of their 1152 are left", avoid=first)
     smt = Smt(of="all", width=4, density=0.9)
@@ -353,7 +362,8 @@ def test_an_overfull_weight_is_named_with_what_is_left():
 
 
 @pytest.mark.parametrize(
-    "method", [ia.Lora(rank=2), ia.Dora(), ia.Dora(inner=ia.Shira(density=0.1)), ia.S2ft(layout="up > down; again", o=0.0)]
+    "method",
+    [ia.Lora(rank=2), ia.Dora(), ia.Dora(inner=ia.Shira(density=0.1)), ia.S2ft(layout="up > down; again", o=0.0)],
 )
 def test_a_method_that_cannot_says_so(method):
     model = small_net()
@@ -380,7 +390,7 @@ def test_an_adapter_of_another_base_is_refused():
 
 
 def test_folders_that_are_none_are_named_all_at_once(tmp_path):
-    message = refused(small_net(), ia.Shira(density=0.1), "", avoid=[tmp_path / "a", str(tmp_path / "b")])
+    message = refused(small_net(), ia.Shira(density=0.1), "does not exist", avoid=[tmp_path / "a", str(tmp_path / "b")])
     assert [line.startswith("avoid: ") for line in message.splitlines()] == [True, True]
 
 

@@ -103,6 +103,10 @@ class TrainConfig(Section):
     save_every: int | None = Field(
         default=None, ge=1, description="steps between checkpoints; a tenth of the run by default"
     )
+    snapshots: int = Field(default=0, ge=0, description="adapters to keep along the run, in <output>/snapshots")
+    snapshots_from: float = Field(
+        default=2 / 3, ge=0, lt=1, description="share of the run after which snapshots are taken, evenly up to its end"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

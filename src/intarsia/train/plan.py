@@ -24,6 +24,7 @@ from intarsia.train.config import Config
 from intarsia.train.data import BatchView, DataReport, Example, load_examples, split
 from intarsia.train.data import show_batch as view
 from intarsia.train.progress import Progress, size
+from intarsia.train.snapshots import snapshot_steps
 
 MUCH_TOO_LOW = 8  # a learning rate that many times below the method's own gets a warning
 STATE_BYTES = {"adamw": 8, "adafactor": 4, "sgd": 0}  # of optimizer state for a trained number; adafactor: at most
@@ -74,6 +75,7 @@ class Plan:
     held_out: list[Example]
     reports: list[DataReport]
     estimate: Estimate
+    snapshots: list[int]  # steps
     settings: Mapping[str, Any]  # everything that the result depends on, flat: {"train.lr": 0.001, ...}
 
     def warnings(self) -> list[str]:
@@ -122,6 +124,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     train, held_out, reports = load_data(config, pretrained)
     trained = sum(planned.values())
     steps = step_count(config, len(train))
+    snapshots = snapshot_steps(steps, config.train.snapshots, config.train.snapshots_from)
     moving = any(method.moves(step, steps) for step in range(1, steps + 1))
     packed = [name for name in planned if not packing_of(targeted[name].stored).in_place]
     if moving and processes.count() > 1:
@@ -151,7 +154,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         lr=config.train.lr or method.default_lr,
     )
     depends_on = settings(config, method, pretrained, avoid)
-    return Plan(config, method, avoid, pretrained, train, held_out, reports, estimate, depends_on)
+    return Plan(config, method, avoid, pretrained, train, held_out, reports, estimate, snapshots, depends_on)
 
 
 def _to_avoid(config: Config, method: Method) -> list[Adapter]:
