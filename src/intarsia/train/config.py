@@ -136,7 +136,7 @@ class Config(Section):
     exclude: list[str] = Field(default_factory=list, description="weights to leave alone, named like targets")
     avoid: list[PathText] = Field(
         default_factory=list,
-        description="folders of adapters whose entries are not chosen, so that fusing keeps all values",
+        description="adapters whose entries are not chosen, so that fusing keeps all values: folders, or NAME@VERSION",
     )
     output: PathText = Field(description="folder to write the adapter to")
     overwrite: bool = Field(default=False, description="replace an adapter that stands in the output folder")
