@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 import intarsia as ia
-from intarsia import pretrained
+from intarsia import pretrained, store
 from intarsia.edits import overlap
 from intarsia.errors import IntarsiaError
 from intarsia.evaluate import held_out_loss
 from intarsia.train import trainer as trainer_module
 from intarsia.train.config import make_config
 from intarsia.train.plan import plan
+from intarsia.train.plots import loss_curve
 from intarsia.train.snapshots import put_in_place, smoothed_loss, snapshot_steps
 from intarsia.train.trainer import TrainingStopped
 from toy import save_toy
@@ -78,7 +80,8 @@ def contents(outcome) -> dict[str, tuple[str, dict]]:
 
 def stop_at(monkeypatch, owner, name: str, when) -> None:
     """Ctrl-C while ``owner.name`` is called, as soon as ``when(*its arguments)`` says so."""
-    usual, done = getattr(owner, name), []
+    usual = getattr(owner, name)
+    done: list[bool] = []
 
     def then(*given, **more):
         if not done and when(*given):
@@ -218,9 +221,9 @@ def test_a_death_at_any_write_loses_no_snapshot(train, config, monkeypatch, whol
         return then
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer_module.store, "write", dying(trainer_module.store.write))
-        patched.setattr("intarsia.train.snapshots.shutil.move", dying(__import__("shutil").move))
-        patched.setattr(trainer_module, "loss_curve", dying(trainer_module.loss_curve))
+        patched.setattr(store, "write", dying(store.write))
+        patched.setattr("intarsia.train.snapshots.shutil.move", dying(shutil.move))
+        patched.setattr(trainer_module, "loss_curve", dying(loss_curve))
         with pytest.raises(Killed):
             train(config(**THREE))
     outcome = train(config(**THREE))
