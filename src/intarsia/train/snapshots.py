@@ -46,10 +46,8 @@ def smoothed_loss(events: Iterable[Mapping[str, Any]], due: Sequence[int], step:
     for event in events:
         if event["event"] != "step":
             continue
-        covered, before = (
-            event["step"] - before,
-            event["step"],
-        )  # an entry is the mean of the steps since the one before
+        covered = event["step"] - before  # an entry is the mean of the steps since the one before
+        before = event["step"]
         if after < event["step"] <= step:
             total, count = total + covered * event["loss"], count + covered
     return total / count
