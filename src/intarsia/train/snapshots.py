@@ -3,8 +3,8 @@
 Averages weighted by loss or step (MWA: "Parameter-Efficient Checkpoint Merging via Metrics-Weighted Averaging") read the note:
 
     step        the optimizer step after which it was taken
-    loss        mean training loss, nats a token, of the steps since the snapshot before (the first: of as many steps); that of
-                a single batch is noise
+    loss        mean training loss, nats a token, of the steps since the snapshot before (the first: since snapshots_from of the
+                run); that of a single batch is noise
     eval_loss   loss on the held-out rows at that step, where there are such
 
 They lie in ``<output>.unfinished/snapshots`` until the run is finished, then in ``<output>/snapshots``, as ``step-000123``.
@@ -38,10 +38,8 @@ def snapshot_steps(steps: int, count: int, begin: float) -> list[int]:
     return [steps - room + -(-room * number // count) for number in range(1, count + 1)]
 
 
-def smoothed_loss(events: Iterable[Mapping[str, Any]], due: Sequence[int], step: int) -> float:
-    """The mean training loss of the steps since the snapshot before, from the events of a log."""
-    place = due.index(step)
-    after = due[place - 1] if place else step - (due[1] - due[0] if len(due) > 1 else step)
+def smoothed_loss(events: Iterable[Mapping[str, Any]], after: int, step: int) -> float:
+    """The mean training loss of the steps after one up to another, from the events of a log."""
     before, total, count = 0, 0.0, 0
     for event in events:
         if event["event"] != "step":

@@ -216,7 +216,9 @@ class _Run:
 
     def take_snapshot(self, step: int) -> None:
         """Keep the adapter as it is after this step; see :mod:`intarsia.train.snapshots`."""
-        note: dict[str, Any] = {"step": step, "loss": smoothed_loss(self.log.events, self.ready.snapshots, step)}
+        begin = int(self.ready.config.train.snapshots_from * self.steps)
+        after = max([begin, *(other for other in self.ready.snapshots if other < step)])
+        note: dict[str, Any] = {"step": step, "loss": smoothed_loss(self.log.events, after, step)}
         eval_loss = self._held_out(step, "held out")
         note |= {} if eval_loss is None else {"eval_loss": eval_loss}
         adapter = self._adapter(snapshot_name(step), note)
