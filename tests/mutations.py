@@ -28,6 +28,7 @@ QUICK = (
     "test_store",
     "test_contract",
     "test_public",
+    "test_disjoint",
 )
 
 
@@ -43,6 +44,18 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "a score takes what is to be avoided", "support/choose.py",
+        "scores = scores.masked_fill(~free.to(scores.device), -torch.inf)", "pass", "test_disjoint",
+    ),
+    Mutation(
+        "a unit with one entry to avoid is free", "support/choose.py",
+        "granularity.reduce(taken.view(rows, columns)) == 0", "granularity.reduce(taken.view(rows, columns)) <= 1", "test_disjoint",
+    ),
+    Mutation(
+        "a support moves to what is to be avoided", "schedule.py",
+        "scores = scores.masked_fill(~free.to(scores.device), -torch.inf)", "pass", "test_disjoint",
+    ),
     Mutation(
         "live gradient without the scale", "forms/sparse.py",
         "gv = gv.to(ctx.dtype) * ctx.scale", "gv = gv.to(ctx.dtype)", "goldens",

@@ -123,6 +123,18 @@ def test_the_report_of_a_merge_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names["kept"].shares.keys() == {"pirate", "json"}
 
 
+def test_the_disjoint_adapters_of_the_guide_are_disjoint(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, model = ROOT / "docs" / "supports.md", tiny_llama()
+    names: dict[str, Any] = {"model": model}
+    run(next(block for block in blocks(page, "python") if "avoid=" in block), names, page)
+    first, *others = (names["ia"].read(tmp_path / "out" / skill) for skill in "abc")
+    assert [len(other.about["avoid"]) for other in others] == [1, 2]
+    assert others[1].about["avoid"][0] == {"name": "a", "digest": first.digest}
+
+
 def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-a-method.md"
     method, laws = blocks(page, "python")

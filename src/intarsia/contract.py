@@ -42,7 +42,7 @@ from intarsia import chain, registry, store
 from intarsia import model as models
 from intarsia.deck import Deck
 from intarsia.edits import Sparse as SparseEdit
-from intarsia.edits import Sum, place
+from intarsia.edits import Sum, place, positions
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
@@ -464,6 +464,39 @@ def sums_are_exact(method: Method) -> None:
             _same(found, W + total, f"{name}.weight fused from sparse edits")
         else:
             _near(found, W + total, EXACT, f"{name}.weight fused")
+
+
+@law
+def avoids_what_it_is_told_to(method: Method) -> None:
+    """With ``avoid`` no entry of an earlier adapter may change, and both fused give the values of each to the bit. A method that
+    cannot do that refuses and changes nothing."""
+    model = _net(torch.bfloat16)
+    _attach(model, method)
+    _stir(model)
+    first = dataclasses.replace(models.export(model), name="first")
+    models.detach(model, "default")
+    before = _snapshot(model)
+    if not method.avoids:
+        _refused(lambda: _attach(model, method, avoid=first), "an adapter to avoid", "cannot leave out", method.name)
+        return _unchanged(model, before, "a refused attach")
+    _attach(model, method, avoid=first)
+    _stir(model, seed=1)
+    second = dataclasses.replace(models.export(model), name="second")
+    models.detach(model, "default")
+    deck = Deck(model)
+    deck.add(first)
+    deck.add(second)
+    deck.fuse(first=1, second=1)
+    fused = {name: model.get_parameter(f"{name}.weight").detach().flatten().clone() for name in LAYERS}
+    for adapter in (first, second):
+        deck.use(adapter.name)
+        for name, W in fused.items():
+            edit = adapter.edits.get(f"{name}.weight")
+            here = torch.empty(0, dtype=torch.int64) if edit is None else positions(edit)
+            assert here is not None  # require_disjoint has looked
+            alone = model.get_parameter(f"{name}.weight").detach().flatten()
+            _same(W[here], alone[here], f"{name}.weight fused, where {adapter.name} changes it")
+    deck.off()
 
 
 @law

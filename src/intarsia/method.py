@@ -97,6 +97,7 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
     starts_as_identity: ClassVar[bool] = True
     default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
+    avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason

@@ -36,12 +36,35 @@ def sample(n: int, k: int, key: int) -> Tensor:
     return torch.from_numpy(np.sort(found.astype(np.uint32)).astype(np.int64) if n <= _LOW32 else np.sort(found))
 
 
+def sample_free(free: Tensor, k: int, key: int) -> Tensor:
+    """The first k indices in the order of the permutation that are free, sorted. (n,) bool -> (k,) int64.
+
+    Where nothing that :func:`sample` draws is taken, this is what it draws.
+    """
+    n = len(free)
+    order = permute(torch.arange(min(n, k + int((~free).sum()))), n, key)
+    return order[free[order]][:k].sort().values
+
+
 def sample_rows(rows: int, n: int, k: int, key: int) -> Tensor:
     """k distinct indices of 0..n-1 in each of the rows, each row with its own permutation. -> (rows, k) int64, each row sorted."""
+    return torch.from_numpy(np.sort(_rows(rows, n, k, key), axis=1))
+
+
+def sample_free_rows(free: Tensor, k: int, key: int) -> Tensor:
+    """The same for each row of free indices. (rows, n) bool -> (rows, k) int64, each row sorted."""
+    rows, n = free.shape
+    order = torch.from_numpy(_rows(rows, n, min(n, k + int((~free).sum(1).max())), key))
+    open_ = free.gather(1, order)
+    first = open_ & (open_.cumsum(1) <= k)
+    return order[first].view(rows, k).sort(1).values
+
+
+def _rows(rows: int, n: int, k: int, key: int) -> Numbers:
+    """Where each row's own permutation sends 0..k-1. -> (rows, k) int64."""
     number = _mixed(np.arange(1, rows + 1, dtype=np.uint32)).repeat(k)
     keys = [_mixed(number ^ each) for each in _round_keys(key)]
-    found = _walk(np.tile(np.arange(k), rows), n, keys).reshape(rows, k)
-    return torch.from_numpy(np.sort(found, axis=1))
+    return _walk(np.tile(np.arange(k), rows), n, keys).reshape(rows, k)
 
 
 def uniform(index: Tensor, key: int) -> Tensor:
