@@ -27,15 +27,17 @@ from safetensors.torch import load_file, save_file
 
 import intarsia as ia
 from intarsia import store
-from intarsia.edits import Edit, LowRank, elements
+from intarsia.edits import Dense, Edit, LowRank, elements
+from intarsia.method import Start
 from intarsia.methods import Rosa, Snell
 from intarsia.store import HEAD, TENSORS
+from intarsia.support import sample
 from small import adapted
 
 SECONDS, MEGABYTES = 20, 32  # that one file may take; the files are of a few KB
 STRANGE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 38, 10**12, 2**31, 2**63, 10**300, -(2**63), 0.5, float("nan"), float("inf"), "", "x", "seed",
-    "gaps", "same", "elements", "sum", "0" * 16, "f" * 64, [], {}, [[]], [10**12, 10**12], [1, 2**62], {"type": "elements"},
+    "gaps", "same", "rice", "ranks", "ternary", "masks", "nonzero", "normal", "elements", "sum", "0" * 16, "f" * 64, [], {}, [[]], [10**12, 10**12], [1, 2**62], {"type": "elements"},
 )  # fmt: skip
 
 
@@ -52,7 +54,28 @@ def corpus(place: Path) -> list[Path]:
     twins: dict[str, Edit] = {f"{i}.weight": elements((100, 100), index, torch.linspace(-1, i, 1000)) for i in (1, 2)}
     low: dict[str, Edit] = {f"low{i}.weight": LowRank((9, 100), torch.full((9, 2), float(i)), A, 2.0) for i in (1, 2)}
     adapter = store.Adapter("gaps", twins | low, store.Base("0" * 64, "float32"), {"name": "shira"})
-    return [*folders, store.write(adapter, place / "gaps")]
+    return [*folders, store.write(adapter, place / "gaps"), *_compressed(place)]
+
+
+def _compressed(place: Path) -> list[Path]:
+    """Values in every coding, and supports in the tight ones: part of a drawn one, part of one that a score chose."""
+    chance = torch.Generator().manual_seed(0)
+    normal = torch.randn(60, 50, generator=chance)
+    three = torch.where(normal.abs() > 1, 0.01 * normal.sign(), torch.zeros(()))
+    code = store.Code.of(normal, 2)
+    drawn = sample(6000, 1500, Start.at("drawn", 0).key)[::3]
+    edits: dict[str, Edit] = {
+        "three.weight": LowRank((60, 50), three[:, :20].contiguous(), three[:20].contiguous(), 1.0),
+        "zeros.weight": Dense((60, 50), normal * (normal.abs() > 1)),
+        "normal.weight": Dense((60, 50), code.rounded(normal)),
+        "drawn.weight": elements((60, 100), drawn, three.view(-1)[three.view(-1) != 0][:500]),
+        "chosen.weight": elements(
+            (60, 100), torch.arange(500) * 11 + torch.arange(500) % 7, -three.view(-1)[three.view(-1) != 0][:500]
+        ),
+    }
+    base = store.Base("0" * 64, "float32")
+    adapter = store.Adapter("three", edits, base, {"name": "any"}, {"seed": 0}, codes={"normal.weight.values": code})
+    return [store.write(adapter, place / coding, coding=coding) for coding in ("compact", "masks")]
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -114,7 +137,7 @@ def coding(folder: Path, chance: random.Random) -> None:
     head = json.loads((folder / HEAD).read_text())
     names = sorted(head["tensors"])
     entry = dict(head["codings"].get(chance.choice(names), {"coding": "seed"}))
-    key = chance.choice(("coding", "count", "units", "key", "rows", "as", "sha256"))
+    key = chance.choice(("coding", "count", "units", "key", "rows", "as", "sha256", "kept", "bits", "shape", "dtype"))
     entry[key] = chance.choice((*STRANGE, *names))
     head["codings"][chance.choice(names)] = entry
     _write_head(folder, head, True)

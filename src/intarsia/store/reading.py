@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -19,9 +20,12 @@ from torch import Tensor
 from intarsia.edits import Edit, build_edit
 from intarsia.errors import IntarsiaError
 from intarsia.store.adapter import FORMAT, HEAD, TENSORS, Adapter, Base, LazyEdits, edits_digest
-from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, NOT_STORED, count_of, decode
+from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, NOT_STORED, SINCE_3, count_of, decode
 from intarsia.store.digest import tensor_digest
+from intarsia.store.normal import Code
 from intarsia.store.tensorfile import TensorFile, Unreadable
+from intarsia.store.values import CODINGS as VALUE_CODINGS
+from intarsia.store.values import decode_values, shape_of
 from intarsia.store.writing import OLD, checksum
 from intarsia.support import Shape, file_index_dtype
 
@@ -47,7 +51,7 @@ def read(folder: str | Path) -> Adapter:
         except IntarsiaError as error:
             faults.append(str(error).removeprefix(_not_whole(folder, [])))
     _raise(folder, faults)
-    return Adapter(adapter.name, edits, adapter.base, adapter.method, adapter.about, adapter.note)
+    return replace(adapter, edits=edits)
 
 
 def open(folder: str | Path) -> Adapter:
@@ -86,7 +90,7 @@ def open(folder: str | Path) -> Adapter:
     _raise(folder, faults)
     edits = LazyEdits(outlines, head["tensors"], source.edit)
     base = Base(head["base"]["digest"], head["base"]["dtype"], head["base"].get("source", ""))
-    return Adapter(head["name"], edits, base, head["method"], head.get("about", {}), head.get("note", {}))
+    return Adapter(head["name"], edits, base, head["method"], head.get("about", {}), head.get("note", {}), source.codes)
 
 
 class _Source:
@@ -101,6 +105,7 @@ class _Source:
         codings: Mapping[str, Any],
     ):
         self.folder, self.file, self.facts, self.digests, self.codings = folder, file, facts, digests, codings
+        self.codes: dict[str, Code] = {}  # of the tensors that were read and have one
         self.names: dict[str, dict[str, str]] = {}  # weight -> part -> whole name
         for name in digests:
             weight, _, part = name.rpartition(".")
@@ -163,6 +168,9 @@ class _Source:
             return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
         row = None if stored is None or len(stored.shape) != 1 else (stored.dtype, stored.shape[0])
         try:
+            if entry.get("coding") in VALUE_CODINGS:
+                sizes, dtype = shape_of(entry, row)
+                return torch.empty(sizes, dtype=dtype, device="meta")
             return torch.empty(count_of(entry, shape, row), dtype=torch.int64, device="meta")
         except IntarsiaError as error:
             raise IntarsiaError(f"{name.rpartition('.')[2]}: {error}") from error
@@ -181,7 +189,13 @@ class _Source:
         if tensor is not None:
             return tensor
         stored = self.file.read(name) if name in self.file.entries else None
-        if entry:
+        if entry.get("coding") in VALUE_CODINGS:
+            assert stored is not None
+            tensor, code = decode_values(entry, stored)
+            found = tensor_digest(tensor)
+            if code is not None:
+                self.codes[name] = code
+        elif entry:
             tensor = decode(entry, shape, stored)
             found = tensor_digest(tensor.to(file_index_dtype(shape)))
         else:
@@ -286,6 +300,8 @@ def _read_head(folder: Path) -> dict[str, Any]:
             if not isinstance(value, kind)
         ][:5]
         faults += ["format 1 has no codings"] if head["format"] < 2 and "codings" in head else []
+        newer = {str(e.get("coding")) for e in head.get("codings", {}).values() if isinstance(e, dict)} & {*SINCE_3}
+        faults += [f"format 2 has no coding {', '.join(sorted(newer))}"] if head["format"] == 2 and newer else []
     if faults:
         raise IntarsiaError(f"{folder / HEAD} is damaged: {'; '.join(faults)}")
     return head

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.store.order import little_endian
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -85,7 +87,7 @@ class TensorFile:
             raise Unreadable(f"it ends within {name}")
         if not len(data):
             return torch.empty(entry.shape, dtype=entry.dtype)
-        return data.view(entry.dtype).view(entry.shape)
+        return little_endian(data, entry.dtype.itemsize).view(entry.dtype).view(entry.shape)
 
 
 def _entries(header: Any, start: int, size: int) -> dict[str, Entry]:
