@@ -17,6 +17,7 @@ import signal
 import struct
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,14 @@ def _compressed(place: Path) -> list[Path]:
     }
     base = store.Base("0" * 64, "float32")
     adapter = store.Adapter("three", edits, base, {"name": "any"}, {"seed": 0}, codes={"normal.weight.values": code})
-    return [store.write(adapter, place / coding, coding=coding) for coding in ("compact", "masks")]
+    many: dict[str, Edit] = {
+        f"layers.{i}.up.weight": LowRank((60, 50), (i + 1) * three[:, :20], normal[:20], 1.0) for i in range(50)
+    }
+    bundle = store.Adapter("bundle", many, base, {"name": "any"})
+    return [
+        *(store.write(adapter, place / c, coding=c) for c in ("compact", "masks")),
+        store.write(bundle, place / "bundle"),
+    ]
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -116,6 +124,32 @@ def splice(folder: Path, chance: random.Random) -> None:
     file.write_bytes(data)
 
 
+def _bomb() -> bytes:
+    """100 MB of blanks in 100 kB; made in pieces, since the most memory that this process had is what is measured."""
+    squeeze = zlib.compressobj()
+    return b"".join([squeeze.compress(b" " * 10**5) for _ in range(1000)] + [squeeze.flush()])
+
+
+def bundled(folder: Path, chance: random.Random) -> None:
+    """A value of what is bundled replaced, and bytes of it; the digests fit, where there is a bundle at all."""
+    found, head = load_file(folder / TENSORS), json.loads((folder / HEAD).read_text())
+    if "head" not in found:
+        return head_value(folder, chance)
+    moved = json.loads(zlib.decompress(bytes(found["head"].tolist())))
+    for _ in range(chance.randint(1, 2)):
+        _set(moved, chance.choice(_places(moved)[1:]), chance.choice(STRANGE))
+    text = zlib.compress(json.dumps(moved).encode())
+    if chance.random() < 0.1:
+        text = _bomb()
+    save_file(found | {"head": torch.frombuffer(bytearray(text), dtype=torch.uint8)}, folder / TENSORS)
+    whole = {k: v for k, v in head.items() if k not in ("bundled", "checksum")} | {
+        k: moved[k] for k in moved if k != "lengths"
+    }
+    _write_head(folder, whole, True)
+    fresh = json.loads((folder / HEAD).read_text())
+    return _write_head(folder, head | {key: fresh[key] for key in ("digest", "checksum") if key in fresh}, False)
+
+
 def head_value(folder: Path, chance: random.Random) -> None:
     """A value of the head replaced or taken out, honestly or not."""
     head = json.loads((folder / HEAD).read_text())
@@ -135,12 +169,14 @@ def head_value(folder: Path, chance: random.Random) -> None:
 def coding(folder: Path, chance: random.Random) -> None:
     """An entry of the codings changed: honest, so that only what it claims can betray it."""
     head = json.loads((folder / HEAD).read_text())
+    if "tensors" not in head:
+        return bundled(folder, chance)
     names = sorted(head["tensors"])
     entry = dict(head["codings"].get(chance.choice(names), {"coding": "seed"}))
     key = chance.choice(("coding", "count", "units", "key", "rows", "as", "sha256", "kept", "bits", "shape", "dtype"))
     entry[key] = chance.choice((*STRANGE, *names))
     head["codings"][chance.choice(names)] = entry
-    _write_head(folder, head, True)
+    return _write_head(folder, head, True)
 
 
 def nest(folder: Path, chance: random.Random) -> None:
@@ -152,6 +188,8 @@ def nest(folder: Path, chance: random.Random) -> None:
         (folder / HEAD).write_text(text[:at] + "[" * deep + "]" * deep + ", " + text[at:])
         return
     head = json.loads((folder / HEAD).read_text())
+    if "edits" not in head:
+        return
     weight = chance.choice(sorted(head["edits"]))
     part: dict[str, Any] = {"type": "elements"}
     for _ in range(min(deep, 450)):
@@ -195,6 +233,8 @@ def tensors(folder: Path, chance: random.Random) -> None:
     change()
     save_file(found, folder / TENSORS)
     for name, tensor in found.items():
+        if "tensors" not in head:
+            continue
         digest = store.tensor_digest(tensor)
         if "sha256" in head["codings"].get(name, {}):
             head["codings"][name]["sha256"] = digest
@@ -214,7 +254,7 @@ def _write_head(folder: Path, head: dict[str, Any], honest: bool) -> None:
     (folder / HEAD).write_text(json.dumps(head))
 
 
-MUTATIONS = (bits, cut, splice, head_value, head_value, coding, coding, nest, header, header, tensors, tensors)
+MUTATIONS = (bits, cut, splice, head_value, head_value, coding, coding, bundled, nest, header, header, tensors, tensors)
 
 
 class Slow(Exception):

@@ -412,7 +412,7 @@ def test_no_tensor_is_stored_twice(tmp_path):
 def test_values_that_are_all_the_same_are_no_bomb(tmp_path):
     """Hundreds of supports over one row of values would be a small file that fills the memory: it is not written so, and not read."""
     edits: dict[str, Edit] = {
-        f"{i}.weight": elements((200, 200), sample(40_000, 4000, Start.at(str(i), 0).key), torch.zeros(4000))
+        f"{i}.weight": elements((200, 200), sample(40_000, 4000, Start.at(str(i), 0).key), _values(4000))
         for i in range(80)
     }
     folder = store.write(_adapter(edits), tmp_path / "a")

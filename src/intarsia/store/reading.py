@@ -19,13 +19,15 @@ from torch import Tensor
 
 from intarsia.edits import Edit, build_edit
 from intarsia.errors import IntarsiaError
+from intarsia.store import bundle
 from intarsia.store.adapter import FORMAT, HEAD, TENSORS, Adapter, Base, LazyEdits, edits_digest
+from intarsia.store.bundle import Spans, unbundle
 from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, NOT_STORED, SINCE_3, count_of, decode
 from intarsia.store.digest import tensor_digest
 from intarsia.store.normal import Code
 from intarsia.store.tensorfile import TensorFile, Unreadable
 from intarsia.store.values import CODINGS as VALUE_CODINGS
-from intarsia.store.values import decode_values, shape_of
+from intarsia.store.values import MOST_NUMBERS, decode_values, shape_of
 from intarsia.store.writing import OLD, checksum
 from intarsia.support import Shape, file_index_dtype
 
@@ -70,7 +72,16 @@ def open(folder: str | Path) -> Adapter:
         file = TensorFile.open(folder / TENSORS)
     except Unreadable as error:
         raise IntarsiaError(_unreadable(folder, error)) from error
-    source = _Source(folder, file, head["edits"], head["tensors"], head.get("codings", {}))
+    spans: Spans = {}
+    if head.get("bundled"):
+        try:
+            head, spans = unbundle(head, file)
+        except Unreadable as error:
+            raise IntarsiaError(_unreadable(folder, error)) from error
+        except IntarsiaError as error:
+            raise IntarsiaError(_not_whole(folder, [str(error)])) from error
+        _check_head(folder, head)
+    source = _Source(folder, file, head["edits"], head["tensors"], head.get("codings", {}), spans)
     faults = source.misnamed()
     if not faults and not _fits_itself(head):
         faults.append(f"{HEAD} does not match its own digest; it was edited or damaged")
@@ -86,6 +97,11 @@ def open(folder: str | Path) -> Adapter:
     if not faults and indices * INDEX_BYTES > MOST_INDICES * file.size:
         faults.append(
             f"it claims {indices:,} indices, and {TENSORS} has {file.size:,} bytes; it is damaged, or made to fill memory"
+        )
+    coded = source.coded_bytes(outlines)
+    if not faults and coded > MOST_NUMBERS * file.size:
+        faults.append(
+            f"it claims {coded:,} bytes of coded numbers, and {TENSORS} has {file.size:,}; it is damaged, or made to fill memory"
         )
     _raise(folder, faults)
     edits = LazyEdits(outlines, head["tensors"], source.edit)
@@ -103,7 +119,9 @@ class _Source:
         facts: Mapping[str, Any],
         digests: Mapping[str, str],
         codings: Mapping[str, Any],
+        spans: Spans,
     ):
+        self.spans = spans  # of the coded tensors in a bundle
         self.folder, self.file, self.facts, self.digests, self.codings = folder, file, facts, digests, codings
         self.codes: dict[str, Code] = {}  # of the tensors that were read and have one
         self.names: dict[str, dict[str, str]] = {}  # weight -> part -> whole name
@@ -120,8 +138,12 @@ class _Source:
             for name in sorted(self.codings.keys() - self.digests.keys())
         ]
         wanted = {name for name in self.digests if self._coding(name).get("coding") not in NOT_STORED}
-        faults += [f"missing tensor {name}" for name in sorted(wanted - self.file.entries.keys())]
-        faults += [f"unexpected tensor {name}" for name in sorted(self.file.entries.keys() - wanted)]
+        found = self.file.entries.keys() - ({bundle.HEAD, bundle.NUMBERS} if self.spans else set())
+        faults += [f"{name} is bundled and has no coding" for name in sorted(self.spans.keys() - self.codings.keys())]
+        faults += [f"{name} is stored twice" for name in sorted(self.spans.keys() & found)]
+        found |= self.spans.keys()
+        faults += [f"missing tensor {name}" for name in sorted(wanted - found)]
+        faults += [f"unexpected tensor {name}" for name in sorted(found - wanted)]
         return faults
 
     def unclaimed(self) -> list[str]:
@@ -137,6 +159,15 @@ class _Source:
             return _build(self.facts[weight], {part: self._outline(name, shape) for part, name in parts})
 
         return _checked(weight, build)
+
+    def coded_bytes(self, outlines: Mapping[str, Edit]) -> int:
+        """How many bytes the coded numbers have when they are decoded."""
+        return sum(
+            tensor.nbytes
+            for weight, edit in outlines.items()
+            for part, tensor in edit.tensors().items()
+            if self._coding(f"{weight}.{part}").get("coding") in VALUE_CODINGS
+        )
 
     def edit(self, weight: str) -> Edit:
         """The edit with its numbers, checked."""
@@ -167,6 +198,8 @@ class _Source:
         if not entry and stored is not None:
             return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
         row = None if stored is None or len(stored.shape) != 1 else (stored.dtype, stored.shape[0])
+        if name in self.spans:
+            row = torch.uint8, self.spans[name][1] - self.spans[name][0]
         try:
             if entry.get("coding") in VALUE_CODINGS:
                 sizes, dtype = shape_of(entry, row)
@@ -189,6 +222,8 @@ class _Source:
         if tensor is not None:
             return tensor
         stored = self.file.read(name) if name in self.file.entries else None
+        if name in self.spans:
+            stored = self.file.read(bundle.NUMBERS, self.spans[name])
         if entry.get("coding") in VALUE_CODINGS:
             assert stored is not None
             tensor, code = decode_values(entry, stored)
@@ -275,6 +310,15 @@ def _read_head(folder: Path) -> dict[str, Any]:
         raise IntarsiaError(
             f"{folder} is in format {head['format']}; this version reads up to {FORMAT}. Upgrade: pip install -U intarsia"
         )
+    if head["format"] < 3 and "bundled" in head:
+        raise IntarsiaError(f"{folder / HEAD} is damaged: format {head['format']} has no bundles")
+    if not head.get("bundled"):
+        _check_head(folder, head)
+    return head
+
+
+def _check_head(folder: Path, head: Mapping[str, Any]) -> None:
+    """Raise IntarsiaError where the whole head lacks something, or has something of another type."""
     required = REQUIRED if head["format"] < 2 else (*REQUIRED, "codings")
     missing = [key for key in required if key not in head]
     if missing:
@@ -304,7 +348,6 @@ def _read_head(folder: Path) -> dict[str, Any]:
         faults += [f"format 2 has no coding {', '.join(sorted(newer))}"] if head["format"] == 2 and newer else []
     if faults:
         raise IntarsiaError(f"{folder / HEAD} is damaged: {'; '.join(faults)}")
-    return head
 
 
 def _shape(value: Any) -> tuple[int, int]:

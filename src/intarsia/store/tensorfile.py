@@ -69,13 +69,15 @@ class TensorFile:
             raise Unreadable(str(error)) from error
         return cls(path, _entries(header, 8 + length, size), size)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own.
+    def read(self, name: str, span: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, in memory of its own; of a row of bytes perhaps those of a span alone.
 
         Raises:
             Unreadable: where the file has become shorter since it was opened, or is gone.
         """
         entry = self.entries[name]
+        if span is not None:
+            entry = Entry(torch.uint8, (span[1] - span[0],), entry.begin + span[0], entry.begin + span[1])
         data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         try:
             with self.path.open("rb") as file:

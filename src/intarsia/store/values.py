@@ -36,9 +36,8 @@ from intarsia.store.packing import (
 
 CODINGS = ("ternary", "masks", "nonzero", "normal")
 ENTRY = 256  # bytes that a coding has to save: those that it takes in the head, and more
-MOST_NUMBERS = 256  # bytes of numbers in memory for each byte that is stored of them, or in the heads for their sake
+MOST_NUMBERS = 256  # bytes of coded numbers in memory for each byte of the file: a density of 5 % takes 94
 MOST_COUNT = 1 << 48
-HEAD_BYTES = 128  # that every stored tensor takes in the heads at least
 
 _WORDS: dict[torch.dtype, tuple[str, torch.dtype]] = {
     torch.float64: ("<i8", torch.int64), torch.float32: ("<i4", torch.int32),
@@ -68,9 +67,7 @@ def encode_values(
     if not len(kept) or (sizes == sizes[0]).all():
         scalar = sizes[:1] if len(kept) else np.zeros(1, words.dtype)
         minus = words[kept] < 0
-        found = [] if masks else [_ternary(len(words), kept, scalar, minus)]
-        # Few signs among very many zeros would be a small file that fills the memory: masks have a quarter of a byte for each.
-        found = [one for one in found if _fits(len(one[1]), tensor.nbytes)] or [_masks(len(words), kept, scalar, minus)]
+        found = [_masks(len(words), kept, scalar, minus) if masks else _ternary(len(words), kept, scalar, minus)]
     elif len(kept) < len(words):
         found = [_nonzero(len(words), kept, words[kept])]
     if code is not None and np.array_equal(
@@ -80,7 +77,6 @@ def encode_values(
         found.append(
             ({"coding": "normal", "bits": code.bits}, np.concatenate([numbers, pack(code.nearest(tensor), code.bits)]))
         )
-    found = [one for one in found if _fits(len(one[1]), tensor.nbytes)]
     if not found:
         return None
     entry, data = min(found, key=lambda one: len(one[1]))
@@ -111,10 +107,6 @@ def shape_of(entry: Mapping[str, Any], stored: tuple[torch.dtype, int] | None) -
         expected = f"{least}" if least == most else f"{least} to {most}"
         raise IntarsiaError(
             f"{stored[1]} bytes are stored of it; {count} numbers in the coding {coding} need {expected}"
-        )
-    if not _fits(stored[1], count * dtype.itemsize):
-        raise IntarsiaError(
-            f"it claims {count:,} numbers, and {stored[1]:,} bytes are stored of them; it is damaged, or made to fill memory"
         )
     return tuple(shape), dtype
 
@@ -210,10 +202,6 @@ def _bytes(entry: Mapping[str, Any], count: int, size: int) -> tuple[int, int]:
         raise IntarsiaError(f"its coding says bits {_short(bits)}; expected a whole number up to {MOST_BITS}")
     low = numbers + packed_bytes(kept, bits)
     return low + packed_bytes(kept, 1), low + packed_bytes(kept + (count >> bits), 1)
-
-
-def _fits(stored: int, decoded: int) -> bool:
-    return decoded <= MOST_NUMBERS * (stored + HEAD_BYTES)
 
 
 def _words(tensor: Tensor) -> Words:

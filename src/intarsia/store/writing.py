@@ -30,10 +30,11 @@ from intarsia._version import __version__
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Start
 from intarsia.store.adapter import CARD, FORMAT, HEAD, TENSORS, Adapter, edits_digest
+from intarsia.store.bundle import bundle
 from intarsia.store.card import card
 from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, SINCE_3, encode
 from intarsia.store.digest import json_digest, tensor_digest
-from intarsia.store.values import encode_values
+from intarsia.store.values import MOST_NUMBERS, encode_values
 
 CODINGS = ("compact", "masks", "plain")
 OLD = ".old"  # of the hidden folder that holds the adapter before, while two renames are made
@@ -120,9 +121,10 @@ def _fill(aside: Path, adapter: Adapter, tensors: dict[str, Tensor], coding: str
         "tensors": digests,
         "codings": codings,
     }
-    save_file(_apart(stored), aside / TENSORS, metadata={"format": "pt"})
     head["checksum"] = checksum(head)
-    (aside / HEAD).write_text(_lines(head), encoding="utf-8")
+    shown, stored = bundle(head, stored) if head["format"] > 2 else (head, stored)
+    save_file(_apart(stored), aside / TENSORS, metadata={"format": "pt"})
+    (aside / HEAD).write_text(_lines(shown), encoding="utf-8")
     (aside / CARD).write_text(card(head, adapter, (aside / TENSORS).stat().st_size), encoding="utf-8")
     (aside / TENSORS).chmod((aside / HEAD).stat().st_mode)  # safetensors keeps its file from all but the owner
     for name in (TENSORS, HEAD, CARD):
@@ -146,18 +148,23 @@ def _compact(
     adapter: Adapter, tensors: Mapping[str, Tensor], digests: Mapping[str, str], masks: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the head says of tensors that are not stored as they are, and those that are stored."""
-    numbers = {name: encode_values(tensor, adapter.codes.get(name), masks) for name, tensor in tensors.items()}
-    coded = {name: found for name, found in numbers.items() if found is not None}
-    codings, stored = _supports(adapter, tensors, coded)
-    if coded and not _readable(
-        adapter, stored, MOST_INDICES
-    ):  # a drawn support takes no byte, and its values hardly any
-        codings, stored = _supports(adapter, tensors, {})
+    for way in ("masks",) if masks else ("smallest", "masks", "none"):
+        numbers = (
+            {}
+            if way == "none"
+            else {n: encode_values(t, adapter.codes.get(n), way == "masks") for n, t in tensors.items()}
+        )
+        coded = {name: found for name, found in numbers.items() if found is not None}
+        codings, stored = _supports(adapter, tensors, coded)
+        # Hardly any signs among very many zeros would be a small file that fills the memory: a reader refuses it.
+        size = sum(tensor.nbytes for tensor in stored.values())
+        if sum(tensors[n].nbytes for n in coded) <= MOST_NUMBERS * size and _readable(adapter, stored, MOST_INDICES):
+            break
     first: dict[str, str] = {}
     again = {
         name: first.setdefault(digests[name], name)
         for name in stored
-        if stored[name].nbytes > SMALL and first.setdefault(digests[name], name) != name
+        if (tensors if name in coded else stored)[name].nbytes > SMALL and first.setdefault(digests[name], name) != name
     }
     # So many times the file's bytes a reader would take for hostile: then each is written out.
     if _readable(adapter, {n: t for n, t in stored.items() if n not in again}, MOST_INDICES // 2):
@@ -171,11 +178,14 @@ def _supports(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Codings and stored tensors, with the values that are ``coded`` and the best for each support beside them."""
     codings: dict[str, Any] = {name: entry for name, (entry, _) in coded.items()}
+    small = "compressed" in adapter.about
     stored = dict(tensors) | {name: data for name, (_, data) in coded.items()}
     for weight, edit in adapter.outlines.items():
         for part, units in edit.supports().items():
             name, values = f"{weight}.{part}", f"{weight}.{part.removesuffix('indices')}values"
-            entry, data = encode(tensors[name], edit.shape, units, _key(adapter, weight), tight=values in coded)
+            entry, data = encode(
+                tensors[name], edit.shape, units, _key(adapter, weight), tight=values in coded or small
+            )
             if entry:
                 del stored[name]
                 codings[name] = entry
