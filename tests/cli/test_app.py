@@ -39,10 +39,15 @@ SURFACE = {
         ["model", "adapters"],
         ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--system", "--plain", "--json"],
     ),
-    "show": (["adapter"], ["--model", "--spectrum", "--plot", "--json"]),
+    "show": (["adapter"], ["--model", "--spectrum", "--plot", "--sizes", "--json"]),
     "merge": (
         ["config", "overrides"],
         ["--dry-run", "--schema", "--overwrite", "--report", "--data", "--other", "--rows", "--plot", "--json"],
+    ),
+    "compress": (
+        ["adapter", "output"],
+        ["--to", "--density", "--alpha", "--bits", "--rank", "--budget", "--search", "--masks", "--data", "--model", "--format",
+         "--rows", "--max-length", "--batch-size", "--overwrite", "--json"],
     ),
     "convert": (
         ["source", "output"],
@@ -109,7 +114,7 @@ def test_version(intarsia):
         (["trainn"], "no command 'trainn'; did you mean 'train'?"),
         (
             ["xyz"],
-            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, merge, methods, registry, show, train",
+            "no command 'xyz'; known: bench, chat, check, compress, convert, demo, eval, merge, methods, registry, show, train",
         ),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli import given, terminal
+from intarsia.cli.compress import print_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from intarsia.analyze import Group, Spectrum, WeightChange
+    from intarsia.compress import Size
     from intarsia.store import Adapter
     from intarsia.train.progress import Progress
 
@@ -32,6 +34,9 @@ def show(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw where it changes the base, and the spectra: FILE.png.")
     ] = None,
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="What it would take in every coding and compression, written and measured.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What an adapter changes, by how much, and of which rank; its method, sizes, digest and base."""
@@ -44,15 +49,26 @@ def show(
         changes = analyze.weight_changes(found, weights, progress.work)
         chosen = _most_changed(found, changes, spectrum, weights is not None)
         spectra = analyze.spectra(found, chosen, weights, progress.work)
+        measured = _sizes(found, progress) if sizes else []
     if plot is not None:
         analyze.picture(changes, spectra, plot, f"{found.name}: {found.method.get('name', '?')}")
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if json:
-        return terminal.print_json(_plain(found, folder, files, changes, spectra))
+        more = {"sizes": [size.to_dict() for size in measured]} if sizes else {}
+        return terminal.print_json(_plain(found, folder, files, changes, spectra) | more)
     _print(found, folder, files, changes, spectra, model)
+    if sizes:
+        terminal.output().print()
+        print_sizes(terminal.output(), measured)
     if plot is not None:
         terminal.output().print(f"\npicture  {plot}", markup=False)
     return None
+
+
+def _sizes(adapter: Adapter, progress: Progress) -> list[Size]:
+    from intarsia import compress
+
+    return compress.sizes(adapter, progress.work)
 
 
 def _weights(adapter: Adapter, model: str, progress: Progress) -> dict[str, Any]:

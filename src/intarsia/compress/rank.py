@@ -69,6 +69,30 @@ def to_sparse(adapter: Adapter, density: float, progress: Progress | None = None
     return with_step(made, {"to": "sparse", "density": density}, adapter)
 
 
+def balanced(adapter: Adapter) -> Adapter:
+    """The same changes, with the factors of each low rank alike in size: B = U sqrt(s S), A = sqrt(s S) V^T of the SVD of s B A.
+
+    A LoRA's A keeps much of the random numbers that it started from, and its B is small beside them: the largest numbers of
+    both together are then mostly A's, which say nothing alone. Exact but for rounding; edits of other kinds stay as they are.
+    """
+    edits = {weight: _balanced(edit) if isinstance(edit, LowRank) else edit for weight, edit in adapter.edits.items()}
+    return replace(adapter, edits=edits, codes={})
+
+
+def _balanced(edit: LowRank) -> LowRank:
+    left, R = torch.linalg.qr(edit.B.double())
+    right, S = torch.linalg.qr(edit.A.mT.double())
+    U, sizes, Vh = torch.linalg.svd(edit.scale * (R @ S.mT))
+    root = sizes.sqrt()
+    dtype = torch.promote_types(edit.B.dtype, torch.float32)
+    return LowRank(
+        edit.shape,
+        (left @ U * root).to(dtype).contiguous(),
+        (root[:, None] * (Vh @ right.mT)).to(dtype).contiguous(),
+        1.0,
+    )
+
+
 def change_error(before: Adapter, after: Adapter) -> float | None:
     """||D - D'|| / ||D|| over all weights; None where what an edit changes depends on the weight.
 
