@@ -1,6 +1,6 @@
 """Sizes and held-out losses of compressed adapters: ComPEFT, STC, pruning and values in few bits, on trained ones.
 
-    python bench/compress.py ADAPTER... --data ROWS [--json bench/results/compress.json]
+    python bench/compress.py ADAPTER... --data ROWS [--json bench/results/compress.json] [--page docs/compress.md]
 
 ComPEFT's alpha is chosen on the first quarter of the rows, for each density on the authors' grid: from 1 up while the loss falls, and 0.5 where 2 is
 worse than 1. Every loss that is shown is of the second half. A LoRA is measured as it is and with balanced factors (``compress.balanced``). Sizes are those of
@@ -24,6 +24,7 @@ from intarsia.evaluate import held_out_loss
 from intarsia.train.data import load_examples
 
 DENSITIES = (0.05, 0.2, 0.5)
+BEGIN, END = "<!-- table: made by bench/compress.py -->", "<!-- table end -->"
 
 
 class Bench:
@@ -97,24 +98,49 @@ def measure(bench: Bench, adapter: store.Adapter, base_loss: float) -> list[dict
     return found
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table for docs/compress.md."""
+    lines = ["| adapter | rule | kB | of 32 bits | of 16 bits | loss | kept |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        setting = f" {row['density']:.0%}" if "density" in row else f" {row['bits']}" if "bits" in row else ""
+        setting += f", alpha {row['alpha']:g}" if "alpha" in row else ""
+        rule, _, balanced = row["rule"].partition(", ")
+        before = row["loss_before"] if row["loss_before"] is not None else row["loss"]
+        kept = (row["loss_base"] - row["loss"]) / (row["loss_base"] - before)
+        lines.append(
+            f"| {row['adapter']}{f', {balanced}' if balanced else ''} | {'as it is' if rule == 'none' else rule}{setting} | {row['bytes'] / 1000:.0f} "
+            f"| 1/{row['ratio_32']:.1f} | 1/{row['ratio_16']:.1f} | {row['loss']:.3f} | {kept:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def write_table(page: Path, rows: list[dict[str, Any]]) -> None:
+    text = page.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    page.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER")
-    arguments.add_argument("--data", type=Path, required=True)
+    arguments.add_argument("adapters", type=Path, nargs="*", metavar="ADAPTER", help="none: the table of what is there")
+    arguments.add_argument("--data", type=Path, help="rows of prompt and completion")
     arguments.add_argument("--rows", type=int, default=96)
     arguments.add_argument("--json", type=Path)
+    arguments.add_argument("--page", type=Path, help="docs/compress.md, to write its table into")
     given = arguments.parse_args()
     rows = json.loads(given.json.read_text())["rows"] if given.json and given.json.exists() else []
     read = {folder: store.read(folder) for folder in given.adapters}
-    bench = Bench(next(iter(read.values())).base, given.data, given.rows)
-    base_loss = bench.loss(None)
-    for adapter in read.values():
+    bench = Bench(next(iter(read.values())).base, given.data, given.rows) if read else None
+    base_loss = bench.loss(None) if bench else 0.0
+    for adapter in read.values() if bench else ():
         rows = [row for row in rows if row["adapter"] != adapter.name] + measure(bench, adapter, base_loss)
         if given.json:
             write_json(
                 given.json,
                 {**machine(), "data": given.data.name, "rows_judged": len(bench.judging), "rows": rows},
             )
+    if given.page:
+        write_table(given.page, rows)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ import intarsia as ia
 from intarsia import store
 from intarsia.edits import Dense, Edit, LowRank, elements
 from intarsia.method import Start
-from intarsia.store import HEAD, TENSORS, Code, order, packing
+from intarsia.store import HEAD, TENSORS, Code, packing
 from intarsia.store.coding import decode, encode
 from intarsia.store.normal import BITS, levels
+from intarsia.store.tensorfile import TensorFile
 from intarsia.store.values import decode_values, encode_values, shape_of
 from intarsia.support import permute, ranks, sample
 
@@ -255,7 +256,7 @@ def test_a_matrix_takes_b_bits_a_number_and_8_bytes(bits, tmp_path):
     code = Code.of(weight, bits)
     rounded = code.rounded(weight)
     mu, sd = np.float32(weight.double().mean()), np.float32(weight.double().std())
-    assert (code.mu, code.sd) == (mu, sd)
+    assert (code.mu, code.sd) == (float(mu), float(sd))
     assert len(rounded.unique()) <= 2**bits
     if bits == 1:
         assert sorted(rounded.unique().tolist()) == pytest.approx([mu - 0.6745 * sd, mu + 0.6745 * sd], rel=1e-4)
@@ -371,8 +372,8 @@ def test_a_machine_of_the_other_order_reads_the_same_numbers(tmp_path, monkeypat
     coded = _head(folder)["codings"]
     assert {entry["coding"] for entry in coded.values()} == {"ternary", "nonzero", "normal", "rice"}
     before = {name: t.clone() for name, t in store.read(folder).tensors().items()}
-    monkeypatch.setattr(order.sys, "byteorder", "big")
-    file = store.reading.TensorFile.open(folder / TENSORS)
+    monkeypatch.setattr(sys, "byteorder", "big")
+    file = TensorFile.open(folder / TENSORS)
     for name, entry in file.entries.items():
         read = file.read(name)
         if name in coded:  # bytes, and what they say is no matter of the machine
@@ -612,6 +613,7 @@ def test_a_bundled_head_that_is_none_is_refused(text, message, tmp_path):
 def test_a_head_that_was_changed_beside_its_bundle_is_refused(tmp_path):
     folder = store.write(_many(), tmp_path / "a")
     head = _head(folder)
+    change: dict[str, Any]
     for change in ({"name": "b"}, {"edits": {}}, {"note": {"loss": 0}}):
         (folder / HEAD).write_text(json.dumps(head | change))
         with pytest.raises(ia.IntarsiaError, match="does not match its own digest"):

@@ -46,7 +46,7 @@ SURFACE = {
     ),
     "compress": (
         ["adapter", "output"],
-        ["--to", "--density", "--alpha", "--bits", "--rank", "--budget", "--search", "--masks", "--data", "--model", "--format",
+        ["--to", "--density", "--alpha", "--bits", "--rank", "--budget", "--search", "--balanced", "--masks", "--data", "--model", "--format",
          "--rows", "--max-length", "--batch-size", "--overwrite", "--json"],
     ),
     "convert": (

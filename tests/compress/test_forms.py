@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,7 +170,7 @@ def test_the_search_finds_the_least_loss_and_of_equals_the_smallest():
     def loss(made: store.Adapter) -> float:
         step = made.about["compressed"][-1]
         seen.append((step["density"], step["alpha"]))
-        return abs(step["alpha"] - 3.0)
+        return float(abs(step["alpha"] - 3.0))
 
     best, trials = compress.search(before, loss, densities=(0.5, 0.2), alphas=(1.0, 3.0, 6.0))
     assert seen == [(0.2, 1.0), (0.2, 3.0), (0.2, 6.0), (0.5, 1.0), (0.5, 3.0), (0.5, 6.0)]
@@ -236,3 +239,17 @@ def test_sizes_say_what_cannot_be_had():
     assert {one.refused for one in sizes if "%" in one.name} == {
         "a: kernel edits cannot be compressed; it is for sparse, dense, low-rank and Kronecker ones"
     }
+
+
+def test_the_table_of_the_page_is_that_of_the_results():
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("compress_bench", root / "bench" / "compress.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = json.loads((root / "bench" / "results" / "compress.json").read_text())["rows"]
+    page = (root / "docs" / "compress.md").read_text(encoding="utf-8")
+    assert f"{module.BEGIN}\n{module.table(rows)}\n{module.END}" in page, (
+        "out of date: python bench/compress.py --json bench/results/compress.json --page docs/compress.md"
+    )

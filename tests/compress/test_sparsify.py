@@ -12,6 +12,7 @@ from torch import Tensor
 import intarsia as ia
 from intarsia import compress, store
 from intarsia.edits import Dense, Kernel, LowRank, Rescaled, Sparse, elements, to_dense
+from intarsia.store.tensorfile import TensorFile
 from intarsia.support import Column, Line, Row, Tile, sample
 from some_edits import adapter_of, every_kind, low_ranks, normal
 
@@ -208,7 +209,7 @@ def test_all_of_a_matrix_is_its_signs_in_one_bit(tmp_path):
     after = compress.stc(before, 1.0)
     assert torch.allclose(after.tensors()["a.weight.values"], W.abs().double().mean().float() * W.sign(), rtol=1e-6)
     folder = store.write(after, tmp_path / "a")
-    assert store.reading.TensorFile.open(folder / store.TENSORS).entries["a.weight.values"].shape == (4 + 64 * 64 // 8,)
+    assert TensorFile.open(folder / store.TENSORS).entries["a.weight.values"].shape == (4 + 64 * 64 // 8,)
 
 
 def test_units_that_keep_nothing_are_dropped_and_weights_that_change_nothing_too():

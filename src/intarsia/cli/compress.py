@@ -55,6 +55,12 @@ def compress(
             "--search", help="ternary: choose density and alpha on every other row of --data, judge on the rest."
         ),
     ] = False,
+    balanced: Annotated[
+        bool,
+        typer.Option(
+            "--balanced", help="First make the factors of each low rank alike in size; the change stays the same."
+        ),
+    ] = False,
     masks: Annotated[
         bool, typer.Option("--masks", help="Store three values as two bit masks: larger, quick to count.")
     ] = False,
@@ -90,11 +96,12 @@ def compress(
     trials: list[Trial] = []
     with terminal.progress() as progress:
         bench = _Bench.load(before, files, model, format, rows, max_length, batch_size, progress) if files else None
+        start = rules.balanced(before) if balanced else before
         if search and bench is not None:
-            made, trials = bench.search(before, densities, alpha or [])
+            made, trials = bench.search(start, densities, alpha or [])
         else:
             made = rules.compressed(
-                before, to, density=densities[0] if densities else None, alpha=alpha[0] if alpha else None, bits=bits,
+                start, to, density=densities[0] if densities else None, alpha=alpha[0] if alpha else None, bits=bits,
                 rank=rank, budget=most, progress=progress.work,
             )  # fmt: skip
         made = replace(made, name=output.resolve().name)
@@ -108,7 +115,7 @@ def compress(
             {
                 "output": str(output),
                 "digest": made.digest,
-                "step": made.about["compressed"][-1],
+                "steps": made.about["compressed"],
                 "bytes": size,
                 "before": sizes,
             }

@@ -39,8 +39,8 @@ class Bitmasks:
         sizes = row[row != 0].abs()
         if len(sizes) and not bool((sizes == sizes[0]).all()):
             raise IntarsiaError(f"a bit mask is of numbers -c, 0 and c; found {len(sizes.unique())} sizes besides 0")
-        masks = (np.packbits((sign * row > 0).numpy(), bitorder="little") for sign in (1, -1))
-        return cls(*masks, float(sizes[0]) if len(sizes) else 0.0, len(row))
+        plus, minus = (np.packbits((sign * row > 0).numpy(), bitorder="little") for sign in (1, -1))
+        return cls(plus, minus, float(sizes[0]) if len(sizes) else 0.0, len(row))
 
     def dense(self) -> Tensor:
         """The numbers. -> (count,) float32."""

@@ -76,7 +76,7 @@ def balanced(adapter: Adapter) -> Adapter:
     both together are then mostly A's, which say nothing alone. Exact but for rounding; edits of other kinds stay as they are.
     """
     edits = {weight: _balanced(edit) if isinstance(edit, LowRank) else edit for weight, edit in adapter.edits.items()}
-    return replace(adapter, edits=edits, codes={})
+    return with_step(replace(adapter, edits=edits, codes={}), {"to": "balanced"}, adapter)
 
 
 def _balanced(edit: LowRank) -> LowRank:

@@ -47,7 +47,7 @@ def levels(bits: int) -> NDArray[np.float32]:
         wrong = _unfair(q)
         if np.abs(step).max() < STEP / 1e6:
             break
-    table = (np.round((q - q[::-1]) / 2 / STEP) * STEP).astype(np.float32)
+    table: NDArray[np.float32] = (np.round((q - q[::-1]) / 2 / STEP) * STEP).astype(np.float32)
     table.flags.writeable = False
     return table
 
@@ -96,4 +96,5 @@ def _cdf(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _density(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    density: NDArray[np.float64] = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    return density

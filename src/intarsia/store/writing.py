@@ -106,7 +106,7 @@ def write(
 def _fill(aside: Path, adapter: Adapter, tensors: dict[str, Tensor], coding: str) -> None:
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     codings, stored = ({}, tensors) if coding == "plain" else _compact(adapter, tensors, digests, coding == "masks")
-    head = {
+    head: dict[str, Any] = {
         "format": FORMAT if any(entry["coding"] in SINCE_3 for entry in codings.values()) else FORMAT - 1,
         "written_by": f"intarsia {__version__}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -148,18 +148,7 @@ def _compact(
     adapter: Adapter, tensors: Mapping[str, Tensor], digests: Mapping[str, str], masks: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the head says of tensors that are not stored as they are, and those that are stored."""
-    for way in ("masks",) if masks else ("smallest", "masks", "none"):
-        numbers = (
-            {}
-            if way == "none"
-            else {n: encode_values(t, adapter.codes.get(n), way == "masks") for n, t in tensors.items()}
-        )
-        coded = {name: found for name, found in numbers.items() if found is not None}
-        codings, stored = _supports(adapter, tensors, coded)
-        # Hardly any signs among very many zeros would be a small file that fills the memory: a reader refuses it.
-        size = sum(tensor.nbytes for tensor in stored.values())
-        if sum(tensors[n].nbytes for n in coded) <= MOST_NUMBERS * size and _readable(adapter, stored, MOST_INDICES):
-            break
+    codings, stored, coded = _coded(adapter, tensors, masks)
     first: dict[str, str] = {}
     again = {
         name: first.setdefault(digests[name], name)
@@ -171,6 +160,21 @@ def _compact(
         codings |= {name: {"coding": "same", "as": other} for name, other in again.items()}
         stored = {name: tensor for name, tensor in stored.items() if name not in again}
     return codings, stored
+
+
+def _coded(
+    adapter: Adapter, tensors: Mapping[str, Tensor], masks: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
+    """Codings, stored tensors, and whose values are coded: in the smallest way that a reader does not take for hostile."""
+    for few in (masks, True):
+        numbers = {name: encode_values(tensor, adapter.codes.get(name), few) for name, tensor in tensors.items()}
+        coded = {name: found for name, found in numbers.items() if found is not None}
+        codings, stored = _supports(adapter, tensors, coded)
+        # Hardly any signs among very many zeros would be a small file that fills the memory.
+        most = MOST_NUMBERS * sum(tensor.nbytes for tensor in stored.values())
+        if sum(tensors[name].nbytes for name in coded) <= most and _readable(adapter, stored, MOST_INDICES):
+            return codings, stored, set(coded)
+    return *_supports(adapter, tensors, {}), set()
 
 
 def _supports(
