@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from intarsia.cli import given, terminal
-from intarsia.cli.compress import print_sizes
+from intarsia.cli.sizes import print_sizes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -88,7 +88,8 @@ class Code:
 def _unfair(q: NDArray[np.float64]) -> NDArray[np.float64]:
     """2 Phi(q) less the bounds' on both sides: 0 where each level is the median of what is nearest to it."""
     bounds = np.concatenate([[0.0], _cdf((q[:-1] + q[1:]) / 2), [1.0]])
-    return 2 * _cdf(q) - bounds[:-1] - bounds[1:]
+    unfair: NDArray[np.float64] = 2 * _cdf(q) - bounds[:-1] - bounds[1:]
+    return unfair
 
 
 def _cdf(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -96,5 +97,4 @@ def _cdf(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _density(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    density: NDArray[np.float64] = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-    return density
+    return np.array([math.exp(-each * each / 2) / math.sqrt(2 * math.pi) for each in x])

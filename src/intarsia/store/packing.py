@@ -88,7 +88,8 @@ def rice_decode(data: Bytes, count: int, bits: int) -> Numbers:
 
 def gaps(places: NDArray[Any]) -> Numbers:
     """What lies between ascending places: the first, then each difference less 1. (k,) -> (k,)."""
-    between: Numbers = np.diff(places.astype(np.int64), prepend=-1) - 1
+    before = np.concatenate([[-1], places[:-1]])
+    between: Numbers = places.astype(np.int64) - before - 1
     return between
 
 
