@@ -287,7 +287,6 @@ MUTATIONS = [
     Mutation("plain tensors in the machine's order", "store/order.py", 'if sys.byteorder == "little" or itemsize == 1:', "if True:", "test_store_values"),
     Mutation("numbers that fill the memory are decoded", "store/reading.py", "coded > MOST_NUMBERS * file.size", "False", "test_store_values"),
     Mutation("a bundled head may grow as it likes", "store/bundle.py", "MOST * sizes[HEAD] + 1)", "0)", "test_store_values"),
-    Mutation("ranks beyond the units are walked", "store/coding.py", "places[-1] < units):", "True):", "test_store_values"),
     Mutation("every file says format 3", "store/writing.py", "for entry in codings.values()) else FORMAT - 1", "for entry in codings.values()) else FORMAT", "test_store_values"),
     Mutation("the levels are not the medians", "store/normal.py", "= 2 * _cdf(q) - bounds[:-1] - bounds[1:]", "= 2 * _cdf(q) - 0.98 * bounds[:-1] - 1.02 * bounds[1:] + 0.02", "test_store_values"),
     Mutation("standard deviation of what is kept", "compress/sparsify.py", "float(alpha * tau.std())", "float(alpha * tau[_largest(tau.abs(), density)].std())", "compress"),

@@ -55,6 +55,7 @@ def test_losses_before_and_after_are_those_of_eval(intarsia, world, tmp_path):
     for what in said["loss"]:
         assert said["loss"][what]["a"] == pytest.approx(evaluated["loss"][what]["rows"], abs=1e-5)
     assert said["loss"]["before"]["a"] != said["loss"]["after"]["a"]
+    assert store.read(out).note["held-out loss, a"] == said["loss"]["after"]["a"]
 
 
 def test_a_search_chooses_on_every_other_row_and_judges_on_the_rest(intarsia, world, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -223,3 +225,14 @@ def test_units_that_keep_nothing_are_dropped_and_weights_that_change_nothing_too
 def test_a_dense_edit_that_is_mostly_zeros_becomes_elements():
     before = adapter_of({"a.weight": Dense((20, 20), normal(20, 20))})
     assert [compress.prune(before, share).edits["a.weight"].kind for share in (0.4, 0.6)] == ["elements", "dense"]
+
+
+def test_remarks_are_those_of_the_adapter_before_and_the_steps_are_kept():
+    before = replace(low_ranks(), note={"held-out loss": 1.5})
+    first = compress.prune(before, 0.9)
+    second = compress.stc(first, 0.5)
+    assert second.note == first.note == {"before compression": {"held-out loss": 1.5}}
+    assert [(step["to"], step["from"]) for step in second.about["compressed"]] == [
+        ("prune", before.digest),
+        ("stc", first.digest),
+    ]

@@ -102,8 +102,9 @@ def compress(
                 start, to, density=densities[0] if densities else None, alpha=alpha[0] if alpha else None, bits=bits,
                 rank=rank, budget=most, progress=progress.work,
             )  # fmt: skip
-        made = replace(made, name=output.resolve().name)
         losses = bench.losses({"before": before, "after": made}, search) if bench is not None else {}
+        note = {f"held-out loss, {task}": loss for task, loss in losses.get("after", {}).items()}
+        made = replace(made, name=output.resolve().name, note={**made.note, **note})
         error = rules.change_error(before, made)
         sizes = {"float32": rules.folder_bytes(before), "bfloat16": rules.folder_bytes(before.rounded("bfloat16"))}
         store.write(made, output, overwrite, coding="masks" if masks else "compact")

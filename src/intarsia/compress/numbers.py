@@ -19,6 +19,8 @@ from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Su
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
+BEFORE = "before compression"  # of the note's remarks
+
 Progress = Callable[[int, int, str], None]  # done, all, what
 
 
@@ -111,9 +113,13 @@ def made_of(
 
 
 def with_step(adapter: Adapter, step: Mapping[str, Any], before: Adapter) -> Adapter:
-    """The adapter with one more step in its lineage, ``about["compressed"]``: what was done, and to which adapter."""
+    """The adapter with one more step in its lineage, ``about["compressed"]``: what was done, and to which adapter.
+
+    Remarks such as losses are those of the adapter before, and said to be.
+    """
     steps = [*before.about.get("compressed", []), {**step, "from": before.digest}]
-    return replace(adapter, about={**before.about, "compressed": steps})
+    note = before.note if BEFORE in before.note or not before.note else {BEFORE: dict(before.note)}
+    return replace(adapter, about={**before.about, "compressed": steps}, note=note)
 
 
 @singledispatch
