@@ -186,3 +186,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_page_on_smaller_files_runs(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    ia.attach(model, ia.Shira(density=0.3))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    ia.save(model, "out/json")
+    page = ROOT / "docs" / "compress.md"
+    (block,) = blocks(page, "python")
+    names: dict[str, Any] = {}
+    run(block, names, page)
+    assert 0 < names["lost"] < 1
+    assert 0.9 < names["similarity"] <= 1

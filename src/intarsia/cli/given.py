@@ -87,15 +87,19 @@ def load_model(
 ) -> Pretrained:
     """Load a model, on the GPU where there is one. ``named=False``: the name comes from an adapter's file.
 
-    ``dtype``: ``auto`` for that of the model's file.
+    ``dtype``: the type of the base that an adapter says it was made on, such as ``float32`` or ``nf4``; by default the file's.
     """
     import torch
 
     from intarsia import pretrained
+    from intarsia.bases import LOAD_IN
 
     try:
-        device = "cuda" if torch.cuda.is_available() else None
-        return pretrained.load(name, dtype=dtype, device=device, progress=progress.say)
+        packed = dtype in LOAD_IN
+        return pretrained.load(
+            name, dtype="auto" if packed else dtype, load_in=dtype if packed else None,
+            device="cuda" if torch.cuda.is_available() else None, progress=progress.say,
+        )  # fmt: skip
     except IntarsiaError as error:
         if named:
             raise

@@ -10,6 +10,7 @@ import typer
 
 from intarsia.cli import directions, given, terminal
 from intarsia.cli.directions import Epsilon, Side, Top
+from intarsia.cli.sizes import print_sizes
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from intarsia.analyze import Group, Intruders, Spectrum, WeightChange
     from intarsia.store import Adapter
+    from intarsia.train.progress import Progress
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -43,6 +45,9 @@ def show(
     top: Top = 10,
     epsilon: Epsilon = 0.5,
     side: Side = "left",
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="What it would take in every coding and compression, written and measured.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What an adapter changes, by how much, and of which rank; its method, sizes, digest and base."""
@@ -63,6 +68,7 @@ def show(
             looked = analyze.adapter_intruders(
                 found, weights, top=top, epsilon=epsilon, side=side, progress=progress.work
             )  # fmt: skip
+        measured = _sizes(found, progress) if sizes else []
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if plot is not None:
         title = f"{found.name}: {found.method.get('name', '?')}"
@@ -70,16 +76,26 @@ def show(
     if html is not None:
         write(analyze.report(found, changes, spectra, looked, epsilon=epsilon, file_bytes=sum(files.values())), html)
     if json:
-        more = {"intruders": directions.counts(looked, top, epsilon, side)} if intruders else {}
+        more: dict[str, Any] = {"intruders": directions.counts(looked, top, epsilon, side)} if intruders else {}
+        more |= {"sizes": [size.to_dict() for size in measured]} if sizes else {}
         return terminal.print_json(_plain(found, folder, files, changes, spectra) | more)
     _print(found, folder, files, changes, spectra, model)
     if intruders:
         terminal.output().print()
         directions.print_table(looked, top, epsilon, side)
+    if sizes:
+        terminal.output().print()
+        print_sizes(terminal.output(), measured)
     for what, file in (("picture", plot), ("page", html)):
         if file is not None:
             terminal.output().print(f"\n{what}  {file}", markup=False)
     return None
+
+
+def _sizes(adapter: Adapter, progress: Progress) -> list[Size]:
+    from intarsia.compress import sizes
+
+    return sizes(adapter, progress.work)
 
 
 def _check(adapter: Adapter, model: str | None, plot: Path | None, html: Path | None, intruders: bool) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from intarsia.edits import Edit
 from intarsia.errors import IntarsiaError
 from intarsia.store.digest import json_digest, tensor_digest
+from intarsia.store.normal import Code
 
-FORMAT = 2
+FORMAT = 3  # the newest that is read; a file is written in the oldest one that can say what is in it
 TENSORS, HEAD, CARD = "adapter.safetensors", "adapter.json", "README.md"
 MERGE = "merge"  # the method of an adapter that was made of others: no method, nothing trains on from it
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +77,8 @@ class Adapter:
         method: the config of the method that trained it, ``{"name": "shira", ...}``.
         about: targets, seed and what else belongs to its making.
         note: free remarks of whoever made it, such as losses; not part of the digest.
+        codes: the code that a tensor's numbers were rounded in, by its name, so that they are stored in as few bits;
+            numbers that are not in it are stored as they are. Of a lazily opened file: of those that were read.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Adapter:
     method: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
     note: Mapping[str, Any] = field(default_factory=dict)
+    codes: Mapping[str, Code] = field(default_factory=dict)
 
     @property
     def outlines(self) -> Mapping[str, Edit]:

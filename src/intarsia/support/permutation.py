@@ -29,6 +29,11 @@ def permute(index: Tensor, n: int, key: int) -> Tensor:
     return torch.from_numpy(_walk(index.numpy(force=True), n, _round_keys(key))).to(index.device)
 
 
+def ranks(index: Tensor, n: int, key: int) -> Tensor:
+    """The inverse of :func:`permute`: as which number each index is drawn. (k,) int64 in 0..n-1 -> (k,) int64."""
+    return torch.from_numpy(_walk(index.numpy(force=True), n, _round_keys(key), back=True)).to(index.device)
+
+
 def sample(n: int, k: int, key: int) -> Tensor:
     """k distinct indices of 0..n-1, sorted. -> (k,) int64."""
     found = _walk(np.arange(k), n, _round_keys(key))
@@ -79,13 +84,14 @@ def uniform(index: Tensor, key: int) -> Tensor:
     return torch.from_numpy(mixed.astype(np.float64) / 2**32).to(index.device)
 
 
-def _walk(index: Numbers, n: int, keys: Sequence[Any]) -> Numbers:
+def _walk(index: Numbers, n: int, keys: Sequence[Any], back: bool = False) -> Numbers:
     """The permutation of 0..n-1 with these round keys, each a single number or one for every index. (k,) int64 -> (k,) int64."""
     bits = max(2, (n - 1).bit_length())
-    out = _feistel(index, bits, keys)
+    feistel = _unfeistel if back else _feistel
+    out = feistel(index, bits, keys)
     outside = np.flatnonzero(out >= n)
     while len(outside):  # cycle walking keeps it a permutation of 0..n-1
-        again = _feistel(out[outside], bits, [key if np.ndim(key) == 0 else key[outside] for key in keys])
+        again = feistel(out[outside], bits, [key if np.ndim(key) == 0 else key[outside] for key in keys])
         out[outside] = again
         outside = outside[again >= n]
     return out
@@ -108,6 +114,17 @@ def _feistel(x: Numbers, bits: int, keys: Sequence[Any]) -> Numbers:
         np.bitwise_and(mixed, np.uint32((1 << widths[round % 2]) - 1), out=mixed)
         np.bitwise_xor(left, mixed, out=left)
         left, right = right, left
+    return (left.astype(np.int64) << low) | right
+
+
+def _unfeistel(x: Numbers, bits: int, keys: Sequence[Any]) -> Numbers:
+    """The inverse of :func:`_feistel`: the rounds from the last to the first."""
+    low = bits // 2
+    left, right = (x >> low).astype(np.uint32), (x & ((1 << low) - 1)).astype(np.uint32)
+    widths = (bits - low, low)
+    for round in range(ROUNDS - 1, -1, -1):
+        left, right = right, left
+        left = left ^ (_mixed(right ^ keys[round]) & np.uint32((1 << widths[round % 2]) - 1))
     return (left.astype(np.int64) << low) | right
 
 
