@@ -141,14 +141,13 @@ def group(changes: Sequence[WeightChange], by: Callable[[WeightChange], object])
 
 
 def _sum(name: str, of: Sequence[WeightChange]) -> Group:
-    changed_weights = [c for c in of if c.changes_weight]
-    count = len(changed_weights) or -1  # of none, nothing is known
-    norms = [c.norm for c in changed_weights if c.norm is not None]
-    sizes = [c.weight_norm for c in changed_weights if c.weight_norm is not None]
-    lost = [c.rounding for c in changed_weights if c.rounding is not None]
-    norm = math.hypot(*norms) if len(norms) == count else None
-    size = math.hypot(*sizes) if len(sizes) == count else None
-    whole = len(lost) == count
+    weights = [c for c in of if c.changes_weight]
+    norms = [c.norm for c in weights if c.norm is not None]
+    sizes = [c.weight_norm for c in weights if c.weight_norm is not None]
+    lost = [c.rounding for c in weights if c.rounding is not None]
+    norm = math.hypot(*norms) if weights and len(norms) == len(weights) else None
+    size = math.hypot(*sizes) if weights and len(sizes) == len(weights) else None
+    whole = bool(weights) and len(lost) == len(weights)
     errors = math.hypot(*(r.error * n for r, n in zip(lost, norms, strict=True))) if whole else 0.0
     changed = sum(r.changed for r in lost)
     return Group(
