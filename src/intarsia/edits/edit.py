@@ -290,6 +290,7 @@ def build_edit(kind: Any, shape: Shape, tensors: Mapping[str, Tensor], facts: Ma
 
 
 def want_tensors(tensors: Mapping[str, Tensor], names: set[str]) -> None:
+    """Raise IntarsiaError where these are not the tensors of a file that are expected."""
     if tensors.keys() != names:
         raise IntarsiaError(
             f"found the tensors {', '.join(sorted(tensors)) or 'none'}; expected {', '.join(sorted(names))}"
@@ -297,6 +298,7 @@ def want_tensors(tensors: Mapping[str, Tensor], names: set[str]) -> None:
 
 
 def want_numbers(name: str, tensor: Tensor) -> None:
+    """Raise IntarsiaError where a tensor of a file holds no floating-point numbers, or some that are not finite."""
     if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise IntarsiaError(f"{name} is {tensor.dtype}; expected floating-point numbers")
     # On the meta device there are no numbers: an edit is built so of what a file says, before its tensors are read.
