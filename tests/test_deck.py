@@ -24,7 +24,7 @@ from intarsia.deck import deck as deck_module
 from intarsia.deck import inserts as inserts_module
 from intarsia.deck import plan as plan_module
 from intarsia.deck import writer as writer_module
-from intarsia.edits import Insert, LowRank, Sparse, Sum, add, columns, elements, positions
+from intarsia.edits import Insert, LowRank, Sparse, Sum, add, columns, elements, positions, scale
 from intarsia.methods import Bottleneck
 from intarsia.store import Base, tensor_digest
 from intarsia.support import named_granularity
@@ -999,6 +999,18 @@ def test_an_insert_beside_a_weight_that_is_set_in_reads_what_that_weight_makes()
         torch.testing.assert_close(layer(x), y + factor * insert.change(x, y), rtol=1e-12, atol=1e-13)
         outputs.append(layer(x))
     assert torch.equal(*outputs)
+
+
+def test_a_sum_of_both_keeps_its_factors_in_a_deck():
+    deck = _deck_of_all(torch.float64)
+    mixed = deck["mixed"]
+    edits = {weight: scale(edit, -0.5) for weight, edit in mixed.edits.items()}
+    deck.add(scaled=ia.Adapter("scaled", edits, mixed.base, {}))
+    deck.use("scaled", 0.5)
+    found = deck.model(some_input(torch.float64)), weights(deck.model)
+    deck.use("mixed", -0.25)
+    torch.testing.assert_close(deck.model(some_input(torch.float64)), found[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weights(deck.model), found[1], rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("writer", WRITERS)

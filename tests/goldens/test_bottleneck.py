@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -158,6 +159,27 @@ def test_counts_are_the_formulas(place, count):
 def test_fields_out_of_range_are_refused(field, value):
     with pytest.raises(ia.IntarsiaError, match=f"bottleneck: {field}="):
         Bottleneck(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"width": 4},
+        {"place": "after"},
+        {"activation": "relu"},
+        {"scale": 2.0},
+        {"train_scale": True},
+        {"name": "lora", "rank": 3},
+    ],
+)
+def test_a_file_of_another_config_is_refused(other, tmp_path):
+    saved = ia.export(adapted(Bottleneck(3)), called="a")
+    config = other if "name" in other else dict(saved.method) | other
+    ia.store.write(dataclasses.replace(saved, method=config), tmp_path / "a")
+    model = small_net()
+    with pytest.raises(ia.IntarsiaError, match=r"up: the file has .*config"):
+        ia.load(model, tmp_path / "a")
+    assert type(layer_of(model, "up")) is nn.Linear
 
 
 # ------------------------------------------------------------------ what the bend is for
