@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -385,8 +386,13 @@ def _forward_is_the_insert(method: Method) -> None:
             gradients = torch.autograd.grad(found, list(wanted.values()), gy)
             for number, (name, gradient) in enumerate(zip(wanted, gradients, strict=True)):
                 v = _input(torch.float64, tuple(gradient.shape), seed=number)
-                slope = _slope(lambda x=x, gy=gy, f=layer: (f(x) * gy).sum(), wanted[name], v)  # type: ignore[misc]
+                slope = _slope(partial(_weighted, layer, x, gy), wanted[name], v)
                 _near((gradient * v).sum(), slope, 1e-6, f"gradient of {name}, {where}")
+
+
+def _weighted(layer: Any, x: Tensor, gy: Tensor) -> Tensor:
+    total: Tensor = (layer(x) * gy).sum()
+    return total
 
 
 def _slope(value: Callable[[], Tensor], tensor: Tensor, v: Tensor) -> Tensor:
@@ -436,12 +442,8 @@ def edit_is_the_fold(method: Method) -> None:
             folded, _ = here.fold(state.cast(torch.float64), W.double(), None)
             _near(edit.fold(W.double()), folded, EXACT, f"{name}: edit against fold")
         else:
-            _refused(lambda e=edit, W=W: e.fold(W), f"{name}: folding an insert", "folds into no weight")  # type: ignore[misc]
-            _refused(
-                lambda s=state, W=W: s.method.fold(s.raw(), W, None),
-                f"{name}: the method's fold",
-                "folds into no weight",
-            )  # type: ignore[misc]
+            _refused(partial(edit.fold, W), f"{name}: folding an insert", "folds into no weight")
+            _refused(partial(here.fold, state.raw(), W, None), f"{name}: the method's fold", "folds into no weight")
         kept = {key: tensor.clone() for key, tensor in edit.tensors().items()}
         restored = chain.State(here, Site(name, W, None), here.restore(edit, Site(name, W, None)))
         for key, tensor in here.edit(restored.raw()).tensors().items():
@@ -989,10 +991,11 @@ def switches_and_stacks_with_any(method: Method) -> None:
             models.activate(model, *([one] if one else []))
             _same(model(x), expected, f"output of {one or 'the base'} after switching, beside {name}")
         for names in (("mine", "other"), ("other", "mine")):
-            low, high = ({"mine": method, "other": cls}[each] for each in names)
+            both: dict[str, Method | type[Method]] = {"mine": method, "other": cls}
+            low, high = (both[each] for each in names)
             what = f"{' then '.join(names)} stacked, other is {name}"
             if high.reads_weights_below and not low.mergeable:
-                _refused(lambda names=names, m=model: models.activate(m, *names), what, "folds into no weight")  # type: ignore[misc]
+                _refused(partial(models.activate, model, *names), what, "folds into no weight")
                 continue
             models.activate(model, *names)
             layer: Any = model.get_submodule("up")
@@ -1020,8 +1023,8 @@ def _stacked(layer: Any, names: Sequence[str], x: Tensor) -> Tensor:
         for factor, insert in state.method.edit(state.raw()).inserts():
             if insert.place == "before":
                 return output(count - 1, x + factor * insert.scale * insert.inserted(x))
-            y = output(count - 1, x)
-            return y + factor * insert.change(x, y)
+            y: Tensor = output(count - 1, x)
+            return y + factor * insert.change(x, y)  # type: ignore[no-any-return]
         raise Broken("a method that is not mergeable has an edit without an insert")
 
     return output(len(states), x)

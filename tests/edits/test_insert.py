@@ -90,7 +90,7 @@ def test_what_is_added_is_written_down(where, activation):
     """scale * gain * up phi(down v), v by the place; before the layer its weight comes after all that."""
     insert = _insert(where, activation, -1.5, gain=True)
     g: Any = insert.inserted
-    phi = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "identity": lambda v: v}[activation]
+    phi: Any = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "identity": lambda v: v}[activation]
     v = y if where == "after" else x
     expected = -1.5 * g.gain * (phi(v @ g.down.T) @ g.up.T)
     _close(insert.change(x, y, W), expected @ W.T if where == "before" else expected)

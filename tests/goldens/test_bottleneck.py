@@ -37,7 +37,7 @@ class Authors(nn.Module):
         self.adapter_down.weight = nn.Parameter(state.down.detach().clone())
         self.adapter_up.weight = nn.Parameter(state.up.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         weight, bias = self.layer.weight.detach(), self.layer.bias.detach()
         if self.adapter_type == "mh_adapter":
             residual = x
@@ -192,7 +192,7 @@ def _left(method: ia.Method, target: nn.Module) -> float:
     with torch.no_grad():
         wanted = target(x)
     ia.attach(model, method)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loss, optimizer = torch.zeros(()), torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(400):
         optimizer.zero_grad()
         loss = (model(x) - base - wanted).square().mean()

@@ -119,7 +119,7 @@ def put_beside(layer: Any, together: Together) -> None:
 def take_away(layer: Any) -> None:
     """Give the layer its own class back, if it has not got it."""
     if isinstance(layer, Beside):
-        layer.__class__ = layer.base_class
+        layer.__class__ = layer.base_class  # type: ignore[assignment]  # what its class was made of
     layer.__dict__.pop(HELD, None)
 
 
