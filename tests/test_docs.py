@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import intarsia as ia
-from intarsia import registry
+from intarsia import edits, registry
 from intarsia.bench.grid import Grid, check_methods
 from intarsia.merge import load_recipe
 from intarsia.merge import rule as merging
@@ -148,6 +148,22 @@ def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(registry, "_METHODS", registry.methods())
     spec.loader.exec_module(module)
     run(laws, {"LoraFa": module.LoraFa}, page)
+
+
+def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-an-insert.md"
+    method, laws = blocks(page, "python")
+    file = tmp_path / "gated.py"
+    file.write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("gated", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gated", module)
+    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setitem(edits.INSERTED, "gated bottleneck", None)  # gone again after the test
+    spec.loader.exec_module(module)
+    run(laws, {"Gated": module.Gated}, page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import Loss, Mapped, Progress, gather
+from intarsia.edits import SITS_AT
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.operators import PLAIN, STACK, Operator, operator_of
@@ -272,7 +273,8 @@ def activate(model: nn.Module, *names: str) -> None:
     weights (live).
 
     Raises:
-        IntarsiaError: for an unknown or repeated name; nothing is changed then.
+        IntarsiaError: for an unknown or repeated name, and for a method that computes from the weight below it (DoRA) above one that
+            folds into none (a bottleneck); nothing is changed then.
     """
     if not names and not hasattr(model, "_intarsia"):
         return
@@ -292,6 +294,7 @@ def activate(model: nn.Module, *names: str) -> None:
             raise IntarsiaError(
                 f"{stack} is a parameter that its module reads itself, so one adapter can act on it, not {', '.join(acting)}"
             )
+    _check_stack(model, names)
     if any(layer.rows is not None for layer in layers):
         raise IntarsiaError("rows() is in force; leave its block before activating other adapters")
     with chain.transaction(layers):
@@ -301,6 +304,19 @@ def activate(model: nn.Module, *names: str) -> None:
     for layer in layers:
         for name, state in layer.adapters.items():
             state.requires_grad_(name in names)
+
+
+def _check_stack(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise where a method asks for the weight of all that lies below, and something there folds into none."""
+    methods = {name: record(model).adapters[name].method for name in names}
+    for number, name in enumerate(names):
+        below = [other for other in names[:number] if not methods[other].mergeable]
+        together = [other for other in below if states(model, other).keys() & states(model, name).keys()]
+        if methods[name].reads_weights_below and together:
+            raise IntarsiaError(
+                f"{name} ({methods[name].name}) computes from the weight below it, and {together[0]} ({methods[together[0]].name}) folds "
+                f"into no weight; activate {name} below {together[0]}, or alone"
+            )
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -611,6 +627,10 @@ def check_fits(
             faults.append(f"{name}: {operator}")
         elif (found := site_at(model, name.removesuffix(".weight")).shape) != tuple(edit.shape):
             faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
+        elif edit.inserts() and operator.kind not in SITS_AT:
+            faults.append(
+                f"{name}: an insert acts beside layers of the kind {', '.join(SITS_AT)}; this one is of the kind {operator.kind}"
+            )
         elif (said := layouts.get(name, PLAIN) if isinstance(layouts, Mapping) else "?") != operator.layout:
             faults.append(f"{name}: the adapter edits a weight stored {said}, the model stores it {operator.layout}")
     if not adapter.edits:

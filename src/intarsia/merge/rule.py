@@ -24,7 +24,7 @@ from intarsia.method import Start, option
 from intarsia.registry import System
 from intarsia.store import Adapter
 
-KINDS = ("sparse", "low rank", "dense", "weight-dependent")
+KINDS = ("sparse", "low rank", "dense", "weight-dependent", "beside the weight")
 
 
 def each(default: Any, help: str) -> Any:
@@ -126,6 +126,8 @@ R = TypeVar("R", bound=type[Rule])
 # ------------------------------------------------------------------ what kinds of edits
 def kinds_of(edit: Edit) -> list[str]:
     """What an edit is to a rule, of :data:`KINDS`: rows and columns are both sparse and low rank."""
+    if edit.inserts():
+        return [KINDS[4]]
     if edit.needs_weight:
         return [KINDS[3]]
     found = [KINDS[0]] if edit.sparse_parts() is not None else []

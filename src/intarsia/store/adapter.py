@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Edit
+from intarsia.edits import Edit, Insert
 from intarsia.errors import IntarsiaError
 from intarsia.store.digest import json_digest, tensor_digest
 from intarsia.store.normal import Code
@@ -117,6 +117,16 @@ class Adapter:
         if isinstance(self.edits, LazyEdits):
             return edits_digest(self.facts(), self.edits.digests, self.base.digest)
         return edits_digest(self.facts(), {k: tensor_digest(t) for k, t in self.tensors().items()}, self.base.digest)
+
+    @property
+    def inserts(self) -> dict[str, list[Insert]]:
+        """What it inserts beside the layers of weights, as far as the outlines tell; no weight can hold that."""
+        return {w: [one for _, one in e.inserts()] for w, e in self.outlines.items() if e.inserts()}
+
+    @property
+    def multiplications(self) -> int:
+        """Of numbers for every token, by what it inserts; 0 where all of it is set into weights."""
+        return sum(one.inserted.multiplications for many in self.inserts.values() for one in many)
 
     @property
     def touched(self) -> int:
