@@ -42,7 +42,8 @@ SURFACE = {
     "show": (["adapter"], ["--model", "--spectrum", "--plot", "--json"]),
     "merge": (
         ["config", "overrides"],
-        ["--dry-run", "--schema", "--overwrite", "--report", "--data", "--other", "--rows", "--plot", "--json"],
+        ["--dry-run", "--schema", "--overwrite", "--report", "--data", "--other", "--rows", "--plot",
+         "--search", "--trials", "--objective", "--restart", "--json"],
     ),
     "convert": (
         ["source", "output"],

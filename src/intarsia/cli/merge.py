@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import reporting, terminal
+from intarsia.cli import reporting, searching, terminal
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
@@ -51,6 +51,19 @@ def merge(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the report: FILE.png; what is kept: FILE-retained.png.")
     ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--search",
+            metavar="NAME=FILE",
+            help="Find the weights, on rows of each adapter's skill: once for every adapter.",
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Points to measure in a search; 60.")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="Of the skills' retained shares in a search: worst, mean.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin a search anew that was interrupted.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Make one adapter of several: a folder as any other, with what it was made of in it."""
@@ -65,7 +78,13 @@ def merge(
     output = _output(recipe)
     ready = settle(recipe.open(), recipe.wanted())
     asked = reporting.asked(ready, report, data or [], other or [], rows, plot)
-    return _merge(ready, recipe, output, asked, dry_run, json)
+    sought = searching.wanted(recipe, search or [], trials, objective, restart, asked)
+    if sought is not None:
+        searching.check(ready, sought)
+        if not dry_run:
+            return searching.run(ready, recipe, sought, asked, output, restart, json)
+    more = {} if sought is None else {"search": searching.described(sought, ready)}
+    return _merge(ready, recipe, output, asked, dry_run, json, more)
 
 
 def _output(recipe: Recipe) -> Path:
@@ -84,7 +103,9 @@ def _output(recipe: Recipe) -> Path:
     return output
 
 
-def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool) -> None:
+def _merge(
+    ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool, more: Mapping[str, Any]
+) -> None:
     from intarsia import store
     from intarsia.merge import made
 
@@ -93,7 +114,7 @@ def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: boo
         tasks = None if loaded is None else reporting.tasks_of(asked, loaded, progress)
         base = _base_weights(ready, recipe, loaded, progress)
         found = reporting.before(ready, asked, base, progress)
-    plain = _plain(ready, output) | ({} if found is None else {"interference": found.to_dict()})
+    plain = _plain(ready, output) | ({} if found is None else {"interference": found.to_dict()}) | dict(more)
     if not json:
         _print_plan(ready)
         if found is not None:
