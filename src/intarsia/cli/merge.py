@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from intarsia.cli.reporting import Asked
     from intarsia.merge import Plan, Recipe
-    from intarsia.merge.search_config import SearchConfig
     from intarsia.pretrained import Pretrained
     from intarsia.store import Adapter
     from intarsia.train.progress import Progress
@@ -77,18 +76,15 @@ def merge(
         raise IntarsiaError("a config file is needed: intarsia merge CONFIG.yaml (--schema prints what it may hold)")
     recipe = load_recipe(config, [*(overrides or []), *(["overwrite=true"] if overwrite else [])])
     output = _output(recipe)
-    found = searching.wanted(recipe, search or [], trials, objective, restart)
     ready = settle(recipe.open(), recipe.wanted())
     asked = reporting.asked(ready, report, data or [], other or [], rows, plot)
-    if found is None:
-        return _merge(ready, recipe, output, asked, dry_run, json)
-    if asked.measures:
-        raise IntarsiaError(
-            "a search measures what is kept by itself, on rows that it did not search on; leave out --data and --other, or "
-            f"measure afterwards: intarsia eval {output} --data FILE"
-        )
-    searching.check(ready, found)
-    return _search(ready, recipe, found, output, asked, dry_run, restart, json)
+    sought = searching.wanted(recipe, search or [], trials, objective, restart, asked)
+    if sought is not None:
+        searching.check(ready, sought)
+        if not dry_run:
+            return searching.run(ready, recipe, sought, asked, output, restart, json)
+    more = {} if sought is None else {"search": searching.described(sought, ready)}
+    return _merge(ready, recipe, output, asked, dry_run, json, more)
 
 
 def _output(recipe: Recipe) -> Path:
@@ -107,7 +103,9 @@ def _output(recipe: Recipe) -> Path:
     return output
 
 
-def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool) -> None:
+def _merge(
+    ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool, more: Mapping[str, Any]
+) -> None:
     from intarsia import store
     from intarsia.merge import check_kinds, made
 
@@ -117,7 +115,7 @@ def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: boo
         tasks = None if loaded is None else reporting.tasks_of(asked, loaded, progress)
         base = _base_weights(ready, recipe, loaded, progress)
         found = reporting.before(ready, asked, base, progress)
-    plain = _plain(ready, output) | ({} if found is None else {"interference": found.to_dict()})
+    plain = _plain(ready, output) | ({} if found is None else {"interference": found.to_dict()}) | dict(more)
     if not json:
         _print_plan(ready)
         if found is not None:
@@ -141,32 +139,6 @@ def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: boo
     if kept is not None:
         reporting.print_after(kept)
     return None
-
-
-def _search(
-    ready: Plan,
-    recipe: Recipe,
-    found: SearchConfig,
-    output: Path,
-    asked: Asked,
-    dry_run: bool,
-    restart: bool,
-    json: bool,
-) -> None:
-    with terminal.progress() as progress:
-        before = reporting.before(ready, asked, None, progress)
-    report = {} if before is None else {"interference": before.to_dict()}
-
-    def tell() -> None:
-        _print_plan(ready)
-        if before is not None:
-            reporting.print_before(before)
-
-    if not dry_run:
-        return searching.run(ready, recipe, found, output, restart, report if json else None, tell)
-    if json:
-        return terminal.print_json(_plain(ready, output) | report | {"search": searching.described(found, ready)})
-    return tell()
 
 
 def _base_weights(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from intarsia.errors import IntarsiaError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from intarsia.cli.reporting import Asked
     from intarsia.merge import Plan, Recipe
     from intarsia.merge.search import Outcome, Task
     from intarsia.merge.search_config import SearchConfig
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 
 def wanted(
-    recipe: Recipe, data: Sequence[str], trials: int | None, objective: str | None, restart: bool
+    recipe: Recipe, data: Sequence[str], trials: int | None, objective: str | None, restart: bool, asked: Asked
 ) -> SearchConfig | None:
     """The section ``search`` of the recipe with what the command line says on top; None where no search is asked for.
+
+    Rows to measure on after the merge (``--data``) are those that the search is reported on.
 
     Raises:
         IntarsiaError: for NAME=FILE that is none, a name given twice, and options of a search where there is none.
@@ -39,7 +42,13 @@ def wanted(
                 f"{', '.join(unused)} is about a search; say on which rows: --search NAME=FILE, one of each adapter"
             )
         return None
+    if asked.others or asked.rows is not None:
+        raise IntarsiaError(
+            "--other and --rows are about a merge without a search; measure on other text afterwards (intarsia eval), and let "
+            "trials see fewer rows by search.rows=N"
+        )
     tree = {} if recipe.search is None else recipe.search.model_dump()
+    tree |= {"held_out": {name: str(file) for name, file in asked.skills.items()}} if asked.skills else {}
     tree |= {"data": {**tree.get("data", {}), **given.named_files("--search", data)}}
     tree |= {k: v for k, v in {"trials": trials, "objective": objective}.items() if v is not None}
     return validated(SearchConfig, tree, "search")
@@ -60,21 +69,21 @@ def check(ready: Plan, config: SearchConfig) -> None:
 
 
 def run(
-    ready: Plan,
-    recipe: Recipe,
-    config: SearchConfig,
-    output: Path,
-    restart: bool,
-    json: Mapping[str, Any] | None,
-    tell: Callable[[], None],
+    ready: Plan, recipe: Recipe, config: SearchConfig, asked: Asked, output: Path, restart: bool, json: bool
 ) -> None:
-    """Search, write the adapter, and tell of it: as JSON, with what is given here in it, or to people after ``tell``."""
+    """Report on the adapters, search, write the merged one, and tell of it."""
     from intarsia.merge.search import Live, find_weights, save, trials_of
 
     with terminal.progress() as progress:
         pretrained = reporting.model_of(ready, recipe, progress)
         rows, held_out = _rows(config, pretrained, progress)
-        task = _task(ready, config, rows, held_out, _base_weights(ready, pretrained.model))
+        base = _base_weights(ready, pretrained.model)
+        report = reporting.before(ready, asked, base, progress)
+    if report is not None and not json:
+        reporting.print_before(report)
+        terminal.output().print()
+    with terminal.progress() as progress:
+        task = _task(ready, config, rows, held_out, base)
         live = Live(pretrained.model, pretrained.tokenizer, config.batch_size)
         settings = task.settings(live)
         file = trials_of(output, settings, restart=restart)
@@ -84,13 +93,9 @@ def run(
             outcome = find_weights(task, live, trials=config.trials, file=file, progress=progress)
         values = None if recipe.values == "exact" else recipe.values
         adapter = save(outcome, task, file, output, overwrite=recipe.overwrite, values=values)
-    if json is not None:
-        return terminal.print_json(
-            {"output": str(output), "digest": adapter.digest, "method": dict(adapter.method)}
-            | dict(json)
-            | outcome.to_dict()
-        )
-    tell()
+    if json:
+        plain = {"output": str(output), "digest": adapter.digest, "method": dict(adapter.method)} | outcome.to_dict()
+        return terminal.print_json(plain | ({} if report is None else {"interference": report.to_dict()}))
     return _print(outcome, adapter, output)
 
 
@@ -98,7 +103,7 @@ def _rows(
     config: SearchConfig, pretrained: Pretrained, progress: Progress
 ) -> tuple[Mapping[str, Sequence[Example]], Mapping[str, Sequence[Example]]]:
     """(rows to search on, rows to report on): two files of each skill, or two shares of one."""
-    from intarsia.merge.search import drawn, hold_out
+    from intarsia.merge.search import check_apart, drawn, hold_out
     from intarsia.train.data import load_examples
 
     def read(files: Mapping[str, str]) -> dict[str, list[Example]]:
@@ -115,6 +120,7 @@ def _rows(
     search, held_out = (
         (rows, read(config.held_out)) if config.held_out else hold_out(rows, config.hold_out, config.seed)
     )
+    check_apart(search, held_out)
     return drawn(search, config.rows, config.seed), held_out
 
 

@@ -66,8 +66,8 @@ def test_a_trial_measures_the_merge_that_would_be_written(world, method, more):
                 weight.copy_(edit.fold(weight.double()))
         expected = {s: held_out_loss(other, loaded.tokenizer, examples) for s, examples in task.rows.items()}
         assert measured == pytest.approx(expected, rel=1e-5)
-    base = live.losses(task.rows)
-    assert all(abs(measured[s] - base[s]) > 0.01 for s in base), "the edits matter"
+        base = live.losses(task.rows)
+        assert all(abs(measured[s] - base[s]) > 0.01 for s in base), "the edits matter"
 
 
 def test_the_found_weights_beat_the_given_ones_and_the_model_is_the_base_again(world):
@@ -105,7 +105,7 @@ def test_where_a_change_depends_on_the_weight_each_trial_starts_from_the_base(wo
     base = {weight: site_at(loaded.model, weight.removesuffix(".weight")).weight.detach() for weight in plan.rules}
     task = Task(plan, data, data, RANGES, base=base)
     deck = ia.Deck(loaded.model)
-    deck.add(**plan.adapters)
+    deck.add(adapters["ayes"], lengths)
     set_in, live = switch(task, deck), Live(loaded.model, loaded.tokenizer)
     points = [task.space.start, dict(zip(task.space.start, (0.1, 1.4), strict=True)), task.space.start]
     found = []

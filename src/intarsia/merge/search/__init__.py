@@ -1,6 +1,6 @@
 """The search for the weights of a merge: a space, an objective, trials that are kept, and CMA-ES."""
 
-from intarsia.merge.search.live import Live, drawn, hold_out
+from intarsia.merge.search.live import Live, check_apart, drawn, hold_out
 from intarsia.merge.search.objective import Gains, Objective
 from intarsia.merge.search.outcome import Compared, Outcome
 from intarsia.merge.search.picture import picture
@@ -12,6 +12,6 @@ from intarsia.merge.search.weights import Task, check_skills, find_weights
 
 __all__ = [
     "Compared", "Dimension", "Gains", "Live", "Objective", "Outcome", "Search", "Space", "Task", "Trial", "TrialFile",
-    "check_installed", "check_skills", "drawn", "find_weights", "hold_out", "lineage", "parameters_at", "pareto", "picture", "save", "search",
-    "space_of", "trials_of",
+    "check_apart", "check_installed", "check_skills", "drawn", "find_weights", "hold_out", "lineage", "parameters_at",
+    "pareto", "picture", "save", "search", "space_of", "trials_of",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intarsia.errors import IntarsiaError, nearest
+from intarsia.merge.retained import retained_share
 
 Losses = Mapping[str, float]  # skill -> held-out loss, nats a token
 
@@ -41,9 +42,8 @@ class Gains:
 
     def retained(self, losses: Losses) -> dict[str, float]:
         """Skill -> (base - fused) / (base - single): 1 is all of the gain, 0 the base's loss; it may lie beyond both."""
-        return {
-            skill: (base - losses[skill]) / (base - self.single[skill]) for skill, base in self.base.items()
-        }  # fmt: skip
+        shares = {skill: retained_share(base, self.single[skill], losses[skill]) for skill, base in self.base.items()}
+        return {skill: share for skill, share in shares.items() if share is not None}  # each gains: it was checked
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -203,7 +203,7 @@ def find_weights(
     check_installed()
     check_apart(task.rows, task.held_out)
     deck = Deck(live.model)
-    deck.add(**task.plan.adapters)
+    deck.add(*(replace(adapter, name=name) for name, adapter in task.plan.adapters.items()))
     set_in = switch(task, deck)
 
     def use(name: str | None) -> None:
