@@ -76,12 +76,13 @@ def merge(
     if config is None:
         raise IntarsiaError("a config file is needed: intarsia merge CONFIG.yaml (--schema prints what it may hold)")
     recipe = load_recipe(config, [*(overrides or []), *(["overwrite=true"] if overwrite else [])])
-    output = _output(recipe)
     found = searching.wanted(recipe, search or [], trials, objective, restart)
+    output = None if dry_run and found is None and recipe.output is None else _output(recipe)
     ready = settle(recipe.open(), recipe.wanted())
     asked = reporting.asked(ready, report, data or [], other or [], rows, plot)
     if found is None:
         return _merge(ready, recipe, output, asked, dry_run, json)
+    assert output is not None
     if asked.measures:
         raise IntarsiaError(
             "a search measures what is kept by itself, on rows that it did not search on; leave out --data and --other, or "
@@ -107,7 +108,7 @@ def _output(recipe: Recipe) -> Path:
     return output
 
 
-def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool) -> None:
+def _merge(ready: Plan, recipe: Recipe, output: Path | None, asked: Asked, dry_run: bool, json: bool) -> None:
     from intarsia import store
     from intarsia.merge import check_kinds, made
 
@@ -124,6 +125,7 @@ def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: boo
             reporting.print_before(found)
     if dry_run:
         return terminal.print_json(plain) if json else None
+    assert output is not None
     with terminal.progress() as progress:
         adapter = made(ready, name=output.name, base=base, progress=progress.work)
         store.write(adapter, output, recipe.overwrite, values=None if recipe.values == "exact" else recipe.values)
@@ -186,9 +188,9 @@ def _base_weights(
     return {weight: site_at(model, weight.removesuffix(".weight")).weight.detach() for weight in ready.rules}
 
 
-def _plain(ready: Plan, output: Path) -> dict[str, Any]:
+def _plain(ready: Plan, output: Path | None) -> dict[str, Any]:
     return {
-        "output": str(output),
+        "output": None if output is None else str(output),
         "method": ready.config(),
         "adapters": ready.lineage(),
         "base": next(iter(ready.adapters.values())).base.digest,
