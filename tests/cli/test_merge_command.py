@@ -57,6 +57,7 @@ def test_a_dry_run_writes_nothing(intarsia, config, tmp_path):
     told = intarsia("merge", config, "--dry-run", "--json").json
     assert (told["weights"], told["adapters"]["counts"]["weight"]) == (14, 1.0)
     assert "sha256" in intarsia("merge", config, "--dry-run").out
+    assert intarsia("merge", config, "--dry-run", "--json", "output=null").json["output"] is None
     assert not (tmp_path / "both").exists()
 
 

@@ -197,6 +197,18 @@ def test_a_full_sparse_edit_and_a_dense_one_are_merged_alike(method, count, dens
     assert change(as_sparse.edit).equal(change(as_dense.edit))
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_a_draw_belongs_to_an_entry_of_the_weight(method):
+    """However a change is written down, an entry of it meets the same draw."""
+    index = torch.arange(1, O * I, 4)
+    thin = [sparse(D, index) for D in _changes(2)]
+    own = [{"density": 0.5}] * 2
+    found = merged(method, thin, own=own, rescale="none")
+    written_out = merged(method, [dense(change(edit)) for edit in thin], own=own, rescale="none")
+    assert change(found.edit).equal(change(written_out.edit))
+    assert 0 < found.edit.touched < len(index)
+
+
 @pytest.mark.parametrize("method", RULES)
 def test_sparse_edits_stay_on_the_union_and_count_their_own_entries(method):
     D = some(0, O, I)

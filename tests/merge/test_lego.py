@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from intarsia.edits import LowRank, Sparse, columns, elements
+from intarsia.edits import Edit, LowRank, Sparse, columns, elements
 from intarsia.errors import IntarsiaError
 from intarsia.merge.clusters import clusters, means
 from intarsia.merge.rule import build, taken
@@ -123,3 +124,49 @@ def test_only_low_ranks_are_taken():
     unit = columns(SHAPE, torch.tensor([3, 7]), some(0, 12, 2))
     assert isinstance(taken(rule, "pirate", "up.weight", unit, None), Sparse), "columns are a low rank"
     torch.testing.assert_close(change(merged("lego", [unit]).edit), change(unit), rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------------ what it is for
+Task = tuple[torch.Tensor, torch.Tensor]
+
+
+def _task(seed: int, k: int) -> Task:
+    """A change of rank 3 that looks at inputs 8 k to 8 k + 7 of 24, and inputs there. -> (12, 24), (256, 24)."""
+    wanted, x = torch.zeros(12, 24, dtype=torch.float64), torch.zeros(256, 24, dtype=torch.float64)
+    wanted[:, 8 * k : 8 * k + 8] = some(seed, 12, 3) @ some(seed + 1, 3, 8) / 3
+    x[:, 8 * k : 8 * k + 8] = some(seed + 2, 256, 8)
+    return wanted, x
+
+
+def _trained(task: Task, seed: int, rank: int) -> LowRank:
+    wanted, x = task
+    A = (some(seed, rank, 24) / 24**0.5).requires_grad_()
+    B = torch.zeros(12, rank, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([A, B], lr=0.05)
+    for _ in range(120):
+        optimizer.zero_grad()
+        (x @ (B @ A - wanted).mT).square().mean().backward()
+        optimizer.step()
+    return LowRank((12, 24), B.detach(), A.detach(), 1.0)
+
+
+def _error(edit: Edit, tasks: Sequence[Task]) -> float:
+    shares = [(x @ (change(edit) - wanted).mT).square().sum() / (x @ wanted.mT).square().sum() for wanted, x in tasks]
+    return float(torch.stack(shares).mean())
+
+
+@pytest.mark.parametrize("seed", [0, 100])
+def test_it_keeps_more_of_three_tasks_than_averaged_factors(seed):
+    tasks = [_task(seed + 10 * k, k) for k in range(3)]
+    loras = [_trained(task, seed + k, 4) for k, task in enumerate(tasks)]
+    assert all(_error(lora, [task]) < 0.01 for lora, task in zip(loras, tasks, strict=True))
+    B, A = (torch.stack([lora.tensors()[key] for lora in loras]).mean(0) for key in ("B", "A"))
+    assert _error(merged("lego", loras).edit, tasks) < 0.8 * _error(LowRank((12, 24), B, A, 1.0), tasks)
+
+
+def test_it_prunes_one_better_than_leaving_out_half_of_its_ranks():
+    task = _task(0, 0)
+    lora = _trained(task, 5, 16)
+    halves = [torch.randperm(16, generator=torch.Generator().manual_seed(s))[:8] for s in range(20)]
+    dropped = [_error(LowRank((12, 24), lora.B[:, half], lora.A[half], 1.0), [task]) for half in halves]
+    assert _error(merged("lego", [lora], rank=8).edit, [task]) < 0.5 * sum(dropped) / len(dropped)

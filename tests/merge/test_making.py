@@ -13,7 +13,8 @@ from intarsia import store
 from intarsia.edits import Dense, LowRank, Rescaled, Sparse, elements
 from intarsia.errors import IntarsiaError
 from intarsia.interop import convert
-from intarsia.merge import known_rules, merge
+from intarsia.merge import Wanted, check_kinds, known_rules, merge, settle
+from intarsia.merge.plan import settings
 from intarsia.store import Base
 from merge.parts import BASE, adapter, change, low_rank, some
 from small import SITES, layer_of, small_net, stir, weights
@@ -295,6 +296,16 @@ OTHER = Base("1" * 64, "bfloat16", "other/base")
 def test_what_cannot_be_merged(adapters, given, said):
     with pytest.raises(IntarsiaError, match=said):
         merge(adapters, **given)
+
+
+def test_all_that_a_rule_cannot_take_is_told_before_anything_is_made():
+    wanted = Wanted("lego", own={"json": settings("json", {"weight": 0})})
+    with pytest.raises(
+        IntarsiaError, match=r"(?s)layers.0.up.weight: lego takes.*layers.2.up.weight: lego takes"
+    ) as told:
+        check_kinds(settle(_pair(), wanted), False)
+    assert "json" not in str(told.value), "an adapter of weight 0 takes no part"
+    check_kinds(settle(_pair(), Wanted("ties")), False)
 
 
 def test_names_are_taken_once_and_folders_are_opened(tmp_path):

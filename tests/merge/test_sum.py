@@ -14,7 +14,7 @@ from merge.parts import change, dense, low_rank, merged, some, sparse
 PAIRS = list(combinations_with_replacement(sorted(MAKERS), 2))
 
 
-@pytest.mark.parametrize(("one", "other"), PAIRS, ids=" + ".join)
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=[" + ".join(pair) for pair in PAIRS])
 def test_a_sum_of_two_is_the_sum_of_their_changes(one, other):
     first, second = (MAKERS[name](torch.Generator().manual_seed(seed)) for seed, name in enumerate((one, other)))
     W = some(9, O, I)

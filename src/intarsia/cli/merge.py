@@ -75,13 +75,13 @@ def merge(
     if config is None:
         raise IntarsiaError("a config file is needed: intarsia merge CONFIG.yaml (--schema prints what it may hold)")
     recipe = load_recipe(config, [*(overrides or []), *(["overwrite=true"] if overwrite else [])])
-    output = _output(recipe)
+    output = None if dry_run and recipe.output is None else _output(recipe)
     ready = settle(recipe.open(), recipe.wanted())
     asked = reporting.asked(ready, report, data or [], other or [], rows, plot)
     sought = searching.wanted(recipe, search or [], trials, objective, restart, asked)
     if sought is not None:
         searching.check(ready, sought)
-        if not dry_run:
+        if output is not None and not dry_run:
             return searching.run(ready, recipe, sought, asked, output, restart, json)
     more = {} if sought is None else {"search": searching.described(sought, ready)}
     return _merge(ready, recipe, output, asked, dry_run, json, more)
@@ -104,7 +104,7 @@ def _output(recipe: Recipe) -> Path:
 
 
 def _merge(
-    ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool, more: Mapping[str, Any]
+    ready: Plan, recipe: Recipe, output: Path | None, asked: Asked, dry_run: bool, json: bool, more: Mapping[str, Any]
 ) -> None:
     from intarsia import store
     from intarsia.merge import check_kinds, made
@@ -122,6 +122,7 @@ def _merge(
             reporting.print_before(found)
     if dry_run:
         return terminal.print_json(plain) if json else None
+    assert output is not None
     with terminal.progress() as progress:
         adapter = made(ready, name=output.name, base=base, progress=progress.work)
         store.write(adapter, output, recipe.overwrite, values=None if recipe.values == "exact" else recipe.values)
@@ -158,9 +159,9 @@ def _base_weights(
     return {weight: site_at(model, weight.removesuffix(".weight")).weight.detach() for weight in ready.rules}
 
 
-def _plain(ready: Plan, output: Path) -> dict[str, Any]:
+def _plain(ready: Plan, output: Path | None) -> dict[str, Any]:
     return {
-        "output": str(output),
+        "output": None if output is None else str(output),
         "method": ready.config(),
         "adapters": ready.lineage(),
         "base": next(iter(ready.adapters.values())).base.digest,
