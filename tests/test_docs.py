@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -220,3 +221,15 @@ def test_the_page_on_smaller_files_runs(
     run(block, names, page)
     assert 0 < names["lost"] < 1
     assert 0.9 < names["similarity"] <= 1
+
+
+def test_the_table_of_compressed_adapters_is_that_of_the_results() -> None:
+    spec = importlib.util.spec_from_file_location("compress_bench", ROOT / "bench" / "compress.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = json.loads((ROOT / "bench" / "results" / "compress.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs" / "compress.md").read_text(encoding="utf-8")
+    again = "python bench/compress.py --json bench/results/compress.json --page docs/compress.md"
+    assert f"{module.BEGIN}\n{module.table(rows)}\n{module.END}" in page, f"out of date: {again}"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,17 +236,3 @@ def test_sizes_say_what_cannot_be_had():
     assert {one.refused for one in sizes if "%" in one.name} == {
         "a: kernel edits cannot be compressed; it is for sparse, dense, low-rank and Kronecker ones"
     }
-
-
-def test_the_table_of_the_page_is_that_of_the_results():
-    root = Path(__file__).parents[2]
-    spec = importlib.util.spec_from_file_location("compress_bench", root / "bench" / "compress.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    rows = json.loads((root / "bench" / "results" / "compress.json").read_text())["rows"]
-    page = (root / "docs" / "compress.md").read_text(encoding="utf-8")
-    assert f"{module.BEGIN}\n{module.table(rows)}\n{module.END}" in page, (
-        "out of date: python bench/compress.py --json bench/results/compress.json --page docs/compress.md"
-    )
