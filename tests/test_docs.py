@@ -21,6 +21,7 @@ from intarsia.merge import load_recipe
 from intarsia.merge import rule as merging
 from intarsia.train.config import load_config, load_tree, validated
 from small import stir
+from toy import toy_model, toy_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,6 +106,21 @@ def test_merging_runs(
     one, half = (names["merge"](["out/json"], rule=rule) for rule in ("sum", "halved"))
     for weight, edit in one.edits.items():
         assert torch.equal(half.edits[weight].tensors()["values"], 0.5 * edit.tensors()["values"])
+
+
+def test_the_report_of_a_merge_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, model = ROOT / "docs" / "interference.md", toy_model()
+    for seed, name in enumerate(("pirate", "json")):
+        ia.attach(model, ia.Shira(density=0.1), name=name, seed=seed)
+        stir(model, name, seed)
+        ia.save(model, f"out/{name}", name)
+        ia.detach(model, name)
+    names: dict[str, Any] = {"model": model, "tokenizer": toy_tokenizer()}
+    (block,) = blocks(page, "python")
+    run(block, names, page)
+    assert Path("report.png").exists()
+    assert names["kept"].shares.keys() == {"pirate", "json"}
 
 
 def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ SURFACE = {
         ["adapter"],
         ["--model", "--spectrum", "--plot", "--html", "--intruders", "--top", "--epsilon", "--side", "--json"],
     ),
-    "merge": (["config", "overrides"], ["--dry-run", "--schema", "--overwrite", "--json"]),
+    "merge": (
+        ["config", "overrides"],
+        ["--dry-run", "--schema", "--overwrite", "--report", "--data", "--other", "--rows", "--plot", "--json"],
+    ),
     "repair": (
         ["adapter", "output"],
         ["--model", "--lambda", "--top", "--epsilon", "--side", "--rank", "--overwrite", "--json"],

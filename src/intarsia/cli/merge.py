@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import given, terminal
+from intarsia.cli import reporting, terminal
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from intarsia.cli.reporting import Asked
     from intarsia.merge import Plan, Recipe
+    from intarsia.pretrained import Pretrained
     from intarsia.store import Adapter
     from intarsia.train.progress import Progress
 
@@ -35,6 +37,20 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that stands in the output folder.")
     ] = False,
+    report: Annotated[
+        str, typer.Option("--report", help="What to say of the adapters before: none, overlap, products, spectral.")
+    ] = "products",
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=FILE", help="Measure what is kept of an adapter's skill, on these rows."),
+    ] = None,
+    other: Annotated[
+        list[Path] | None, typer.Option("--other", help="Rows of other text, to measure what is forgotten.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Measure on so many rows of each file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the report: FILE.png; what is kept: FILE-retained.png.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Make one adapter of several: a folder as any other, with what it was made of in it."""
@@ -48,9 +64,8 @@ def merge(
     recipe = load_recipe(config, [*(overrides or []), *(["overwrite=true"] if overwrite else [])])
     output = _output(recipe)
     ready = settle(recipe.open(), recipe.wanted())
-    if dry_run:
-        return terminal.print_json(_plain(ready, output)) if json else _print_plan(ready)
-    return _merge(ready, recipe, output, json)
+    asked = reporting.asked(ready, report, data or [], other or [], rows, plot)
+    return _merge(ready, recipe, output, asked, dry_run, json)
 
 
 def _output(recipe: Recipe) -> Path:
@@ -69,35 +84,53 @@ def _output(recipe: Recipe) -> Path:
     return output
 
 
-def _merge(ready: Plan, recipe: Recipe, output: Path, json: bool) -> None:
+def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool) -> None:
     from intarsia import store
     from intarsia.merge import made
 
     with terminal.progress() as progress:
-        base = _base_weights(ready, recipe, progress)
+        loaded = reporting.model_of(ready, recipe, progress) if asked.measures and not dry_run else None
+        tasks = None if loaded is None else reporting.tasks_of(asked, loaded, progress)
+        base = _base_weights(ready, recipe, loaded, progress)
+        found = reporting.before(ready, asked, base, progress)
+    plain = _plain(ready, output) | ({} if found is None else {"interference": found.to_dict()})
+    if not json:
+        _print_plan(ready)
+        if found is not None:
+            reporting.print_before(found)
+    if dry_run:
+        return terminal.print_json(plain) if json else None
+    with terminal.progress() as progress:
         adapter = made(ready, name=output.name, base=base, progress=progress.work)
         store.write(adapter, output, recipe.overwrite, values=None if recipe.values == "exact" else recipe.values)
     files = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
+    if not json:
+        _print_made(adapter, output, sum(files.values()))
+    kept = None
+    if loaded is not None and tasks is not None:
+        with terminal.progress() as progress:  # of what was written, which may have been rounded
+            kept = reporting.after(ready, asked, store.read(output), loaded, tasks, progress)
     if json:
-        made_of = _plain(ready, output) | {
-            "digest": adapter.digest,
-            "bytes": sum(files.values()),
-            "note": dict(adapter.note),
-        }
-        return terminal.print_json(made_of | {"touched": adapter.touched, "edits": _kinds(adapter)})
-    return _print_made(ready, adapter, output, sum(files.values()))
+        plain |= {"digest": adapter.digest, "bytes": sum(files.values()), "note": dict(adapter.note)}
+        plain |= {"touched": adapter.touched, "edits": _kinds(adapter)}
+        return terminal.print_json(plain | ({} if kept is None else {"measured": kept.to_dict()}))
+    if kept is not None:
+        reporting.print_after(kept)
+    return None
 
 
-def _base_weights(ready: Plan, recipe: Recipe, progress: Progress) -> Mapping[str, Tensor] | None:
-    """The base's weights, where the config names it and a change depends on them."""
+def _base_weights(
+    ready: Plan, recipe: Recipe, loaded: Pretrained | None, progress: Progress
+) -> Mapping[str, Tensor] | None:
+    """The base's weights, where the config names it or it is loaded, and a change depends on them."""
     from intarsia.site import site_at
 
     edits = [edit for adapter in ready.adapters.values() for edit in adapter.outlines.values()]
-    if recipe.model is None or not any(edit.needs_weight for edit in edits):
+    if not any(edit.needs_weight for edit in edits) or (recipe.model is None and loaded is None):
         return None
     from intarsia.model import check_fits, digest
 
-    model = given.load_model(recipe.model, progress).model
+    model = (loaded or reporting.model_of(ready, recipe, progress)).model
     for name, adapter in ready.adapters.items():
         check_fits(model, adapter, name, digest(model))
     return {weight: site_at(model, weight.removesuffix(".weight")).weight.detach() for weight in ready.rules}
@@ -146,10 +179,9 @@ def _print_plan(ready: Plan) -> None:
     out.print(table)
 
 
-def _print_made(ready: Plan, adapter: Adapter, output: Path, stored: int) -> None:
+def _print_made(adapter: Adapter, output: Path, stored: int) -> None:
     from intarsia.train.progress import size
 
-    _print_plan(ready)
     out = terminal.output()
     kinds = ", ".join(f"{count} {kind}" for kind, count in _kinds(adapter).items())
     out.print(f"{output}  {kinds}; {size(stored)}, sha256 {adapter.digest[:12]}", markup=False, soft_wrap=True)

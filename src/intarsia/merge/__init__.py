@@ -4,6 +4,8 @@ from intarsia.merge import rules  # registers them
 from intarsia.merge.making import made, merge, named, reweighted
 from intarsia.merge.plan import Plan, Share, Wanted, settle
 from intarsia.merge.recipe import Part, Recipe, load_recipe, make_recipe, schema
+from intarsia.merge.retained import FUSED, Retained, check_names, concept_loss, forgetting, measure, retained_share
+from intarsia.merge.retained_picture import retained_picture
 from intarsia.merge.rule import (
     KINDS,
     VARIANTS,
@@ -22,7 +24,8 @@ from intarsia.merge.rule import (
 )
 
 __all__ = [
-    "KINDS", "VARIANTS", "Merged", "Part", "Plan", "Recipe", "Rule", "Share", "Term", "Wanted", "Where", "build", "changed", "each",
-    "fields_of", "find", "known_rules", "load_recipe", "made", "make_recipe", "merge", "named", "register", "reweighted", "rules", "schema",
-    "settle", "systems",
+    "FUSED", "KINDS", "Merged", "Part", "Plan", "Recipe", "Retained", "Rule", "Share", "Term", "VARIANTS", "Wanted",
+    "Where", "build", "changed", "check_names", "concept_loss", "each", "fields_of", "find", "forgetting", "known_rules",
+    "load_recipe", "made", "make_recipe", "measure", "merge", "named", "register", "retained_picture",
+    "retained_share", "reweighted", "rules", "schema", "settle", "systems",
 ]  # fmt: skip
