@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import intarsia as ia
-from intarsia.edits import KINDS, Dense, Edit, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
+from intarsia.edits import KINDS, Bottleneck, Dense, Edit, Insert, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
 from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
 from intarsia.merge import KINDS as MERGED_KINDS
@@ -24,6 +24,10 @@ from intarsia.support import GRANULARITIES, named_granularity
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- methods: made by docs/tables.py -->", "<!-- methods end -->"
+INTO, BESIDE = (
+    "Can be set into the base.",
+    "Acts beside its layers and cannot be merged; a deck switches it all the same.",
+)
 BEGIN_EDITS, END_EDITS = "<!-- edits: made by docs/tables.py -->", "<!-- edits end -->"
 
 BEGIN_RULES, END_RULES = "<!-- rules: made by docs/tables.py -->", "<!-- rules end -->"
@@ -67,9 +71,7 @@ def methods_page() -> str:
             default = field.default.config() if isinstance(field.default, ia.Method) else field.default
             rows.append(f"| `{field.name}` | {str(kind).replace('|', 'or')} | `{default}` | {field.metadata['help']} |")
         parts.append("\n".join(rows))
-        parts.append(
-            f"Default learning rate (Adam): {cls.default_lr:g}. {'Can' if cls.mergeable else 'Cannot'} be set into the base."
-        )
+        parts.append(f"Default learning rate (Adam): {cls.default_lr:g}. {INTO if cls.mergeable else BESIDE}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -92,6 +94,8 @@ def samples() -> dict[str, Edit]:
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
+    found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")
+    found["sum of elements and insert"] = Sum(shape, (found["elements"], found["insert"]))
     if missing := KINDS.keys() - {edit.kind for edit in found.values()}:
         raise SystemExit(f"docs/tables.py has no sample of the edits {', '.join(sorted(missing))}")
     return found

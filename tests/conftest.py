@@ -19,6 +19,7 @@ from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from intarsia import pretrained
+from skilled import Skilled, make_skilled
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -70,6 +71,12 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     Width 64, 4 heads over 2 key-value heads, MLP 128, 320 tokens; the same seed gives the same weights.
     """
     return _tiny_llama
+
+
+@pytest.fixture(scope="session")
+def skilled(tmp_path_factory: pytest.TempPathFactory) -> Skilled:
+    """A tiny base, two trained adapters and rows of their skills. One for all tests of a process: nothing of it is written to."""
+    return make_skilled(tmp_path_factory.mktemp("skilled"))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import signal
 import struct
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,15 +28,17 @@ from safetensors.torch import load_file, save_file
 
 import intarsia as ia
 from intarsia import store
-from intarsia.edits import Edit, LowRank, elements
+from intarsia.edits import Dense, Edit, LowRank, elements
+from intarsia.method import Start
 from intarsia.methods import Rosa, Snell
 from intarsia.store import HEAD, TENSORS
+from intarsia.support import sample
 from small import adapted
 
 SECONDS, MEGABYTES = 20, 32  # that one file may take; the files are of a few KB
 STRANGE: tuple[Any, ...] = (
     None, True, -1, 0, 1, 38, 10**12, 2**31, 2**63, 10**300, -(2**63), 0.5, float("nan"), float("inf"), "", "x", "seed",
-    "gaps", "same", "elements", "sum", "0" * 16, "f" * 64, [], {}, [[]], [10**12, 10**12], [1, 2**62], {"type": "elements"},
+    "gaps", "same", "rice", "ranks", "ternary", "masks", "nonzero", "normal", "elements", "sum", "0" * 16, "f" * 64, [], {}, [[]], [10**12, 10**12], [1, 2**62], {"type": "elements"},
 )  # fmt: skip
 
 
@@ -52,7 +55,35 @@ def corpus(place: Path) -> list[Path]:
     twins: dict[str, Edit] = {f"{i}.weight": elements((100, 100), index, torch.linspace(-1, i, 1000)) for i in (1, 2)}
     low: dict[str, Edit] = {f"low{i}.weight": LowRank((9, 100), torch.full((9, 2), float(i)), A, 2.0) for i in (1, 2)}
     adapter = store.Adapter("gaps", twins | low, store.Base("0" * 64, "float32"), {"name": "shira"})
-    return [*folders, store.write(adapter, place / "gaps")]
+    return [*folders, store.write(adapter, place / "gaps"), *_compressed(place)]
+
+
+def _compressed(place: Path) -> list[Path]:
+    """Values in every coding, and supports in the tight ones: part of a drawn one, part of one that a score chose."""
+    chance = torch.Generator().manual_seed(0)
+    normal = torch.randn(60, 50, generator=chance)
+    three = torch.where(normal.abs() > 1, 0.01 * normal.sign(), torch.zeros(()))
+    code = store.Code.of(normal, 2)
+    drawn = sample(6000, 1500, Start.at("drawn", 0).key)[::3]
+    edits: dict[str, Edit] = {
+        "three.weight": LowRank((60, 50), three[:, :20].contiguous(), three[:20].contiguous(), 1.0),
+        "zeros.weight": Dense((60, 50), normal * (normal.abs() > 1)),
+        "normal.weight": Dense((60, 50), code.rounded(normal)),
+        "drawn.weight": elements((60, 100), drawn, three.view(-1)[three.view(-1) != 0][:500]),
+        "chosen.weight": elements(
+            (60, 100), torch.arange(500) * 11 + torch.arange(500) % 7, -three.view(-1)[three.view(-1) != 0][:500]
+        ),
+    }
+    base = store.Base("0" * 64, "float32")
+    adapter = store.Adapter("three", edits, base, {"name": "any"}, {"seed": 0}, codes={"normal.weight.values": code})
+    many: dict[str, Edit] = {
+        f"layers.{i}.up.weight": LowRank((60, 50), (i + 1) * three[:, :20], normal[:20], 1.0) for i in range(50)
+    }
+    bundle = store.Adapter("bundle", many, base, {"name": "any"})
+    return [
+        *(store.write(adapter, place / c, coding=c) for c in ("compact", "masks")),
+        store.write(bundle, place / "bundle"),
+    ]
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -93,6 +124,32 @@ def splice(folder: Path, chance: random.Random) -> None:
     file.write_bytes(data)
 
 
+def _bomb() -> bytes:
+    """100 MB of blanks in 100 kB; made in pieces, since the most memory that this process had is what is measured."""
+    squeeze = zlib.compressobj()
+    return b"".join([squeeze.compress(b" " * 10**5) for _ in range(1000)] + [squeeze.flush()])
+
+
+def bundled(folder: Path, chance: random.Random) -> None:
+    """A value of what is bundled replaced, and bytes of it; the digests fit, where there is a bundle at all."""
+    found, head = load_file(folder / TENSORS), json.loads((folder / HEAD).read_text())
+    if "head" not in found:
+        return head_value(folder, chance)
+    moved = json.loads(zlib.decompress(bytes(found["head"].tolist())))
+    for _ in range(chance.randint(1, 2)):
+        _set(moved, chance.choice(_places(moved)[1:]), chance.choice(STRANGE))
+    text = zlib.compress(json.dumps(moved).encode())
+    if chance.random() < 0.1:
+        text = _bomb()
+    save_file(found | {"head": torch.frombuffer(bytearray(text), dtype=torch.uint8)}, folder / TENSORS)
+    whole = {k: v for k, v in head.items() if k not in ("bundled", "checksum")} | {
+        k: moved[k] for k in moved if k != "lengths"
+    }
+    _write_head(folder, whole, True)
+    fresh = json.loads((folder / HEAD).read_text())
+    return _write_head(folder, head | {key: fresh[key] for key in ("digest", "checksum") if key in fresh}, False)
+
+
 def head_value(folder: Path, chance: random.Random) -> None:
     """A value of the head replaced or taken out, honestly or not."""
     head = json.loads((folder / HEAD).read_text())
@@ -112,12 +169,14 @@ def head_value(folder: Path, chance: random.Random) -> None:
 def coding(folder: Path, chance: random.Random) -> None:
     """An entry of the codings changed: honest, so that only what it claims can betray it."""
     head = json.loads((folder / HEAD).read_text())
+    if "tensors" not in head:
+        return bundled(folder, chance)
     names = sorted(head["tensors"])
     entry = dict(head["codings"].get(chance.choice(names), {"coding": "seed"}))
-    key = chance.choice(("coding", "count", "units", "key", "rows", "as", "sha256"))
+    key = chance.choice(("coding", "count", "units", "key", "rows", "as", "sha256", "kept", "bits", "shape", "dtype"))
     entry[key] = chance.choice((*STRANGE, *names))
     head["codings"][chance.choice(names)] = entry
-    _write_head(folder, head, True)
+    return _write_head(folder, head, True)
 
 
 def nest(folder: Path, chance: random.Random) -> None:
@@ -129,6 +188,8 @@ def nest(folder: Path, chance: random.Random) -> None:
         (folder / HEAD).write_text(text[:at] + "[" * deep + "]" * deep + ", " + text[at:])
         return
     head = json.loads((folder / HEAD).read_text())
+    if "edits" not in head:
+        return
     weight = chance.choice(sorted(head["edits"]))
     part: dict[str, Any] = {"type": "elements"}
     for _ in range(min(deep, 450)):
@@ -172,6 +233,8 @@ def tensors(folder: Path, chance: random.Random) -> None:
     change()
     save_file(found, folder / TENSORS)
     for name, tensor in found.items():
+        if "tensors" not in head:
+            continue
         digest = store.tensor_digest(tensor)
         if "sha256" in head["codings"].get(name, {}):
             head["codings"][name]["sha256"] = digest
@@ -191,7 +254,7 @@ def _write_head(folder: Path, head: dict[str, Any], honest: bool) -> None:
     (folder / HEAD).write_text(json.dumps(head))
 
 
-MUTATIONS = (bits, cut, splice, head_value, head_value, coding, coding, nest, header, header, tensors, tensors)
+MUTATIONS = (bits, cut, splice, head_value, head_value, coding, coding, bundled, nest, header, header, tensors, tensors)
 
 
 class Slow(Exception):

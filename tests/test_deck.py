@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import itertools
+import pickle
 import random
 import threading
 from typing import Any
@@ -19,10 +21,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import intarsia as ia
 from intarsia.deck import crew
 from intarsia.deck import deck as deck_module
+from intarsia.deck import inserts as inserts_module
 from intarsia.deck import plan as plan_module
 from intarsia.deck import writer as writer_module
-from intarsia.edits import LowRank, Sparse, columns, elements, positions
-from intarsia.store import Base
+from intarsia.edits import Insert, LowRank, Sparse, Sum, add, columns, elements, positions, scale
+from intarsia.methods import Bottleneck
+from intarsia.store import Base, tensor_digest
 from intarsia.support import named_granularity
 from small import SITES, adapted, layer_of, small_net, some_input, some_loss, weights
 
@@ -33,6 +37,11 @@ METHODS: dict[str, ia.Method] = {
     "low_rank": ia.Lora(2),
     "lengths": ia.Dora(ia.Lora(2)),
     "sparse_lengths": ia.Dora(ia.Shira(density=0.1)),
+}
+INSERTS: dict[str, ia.Method] = {
+    "parallel": Bottleneck(3, scale=2.0),
+    "after": Bottleneck(3, "after", "gelu", train_scale=True),
+    "before": Bottleneck(3, "before"),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -51,9 +60,34 @@ def _deck(dtype: torch.dtype = torch.float32, *names: str, **given: Any) -> ia.D
     return deck
 
 
+@functools.cache
+def _inserts(dtype: torch.dtype) -> dict[str, ia.Adapter]:
+    """Adapters with inserts beside all three layers, and ``mixed``, which changes entries of their weights too."""
+    made = {
+        name: ia.export(adapted(method, dtype, seed=number), called=name)
+        for number, (name, method) in enumerate(INSERTS.items())
+    }
+    parts = made["after"].edits, _adapters(dtype)["elements"].edits
+    edits = {weight: add(parts[0][weight], parts[1][weight]) for weight in parts[0]}
+    return made | {"mixed": ia.Adapter("mixed", edits, made["after"].base, {"name": "by hand"})}
+
+
+def _deck_of_all(dtype: torch.dtype = torch.float32, **given: Any) -> ia.Deck:
+    deck = _deck(dtype, **given)
+    deck.add(*_inserts(dtype).values())
+    return deck
+
+
 def _bits(model: torch.nn.Module) -> str:
     """What stands in memory, adapters or not."""
     return ia.digest(model)
+
+
+def _standing(model: torch.nn.Module) -> tuple[str, str, Any]:
+    """What stands in memory, what comes out, and what each layer is."""
+    with torch.no_grad():
+        y = model(some_input(next(model.parameters()).dtype))
+    return _bits(model), tensor_digest(y), [(type(layer), sorted(vars(layer))) for layer in model.children()]
 
 
 class Faults:
@@ -65,6 +99,8 @@ class Faults:
         (plan_module, "put"),
         (plan_module, "summed"),
         (deck_module, "place"),
+        (inserts_module, "put_beside"),
+        (inserts_module, "take_away"),
     )
 
     def __init__(self, at: set[int], late: bool, error: type[BaseException]):
@@ -118,13 +154,13 @@ def test_a_thousand_switches_with_failures_give_the_base_back(dtype, writer):
     twice (in the giving back too), an error or Ctrl-C, before or after the step was done."""
     if writer == "native":
         pytest.importorskip("numba")
-    deck, chance = _deck(dtype, writer=writer), random.Random(str(dtype))
-    start = ia.digest(deck.model)
+    deck, chance = _deck_of_all(dtype, writer=writer), random.Random(str(dtype))
+    start, untouched = ia.digest(deck.model), _standing(deck.model)
     failed = mended = 0
     for _ in range(1000):
         switch = _random_switch(deck, chance)
         if chance.random() < 0.33:
-            before, active = _bits(deck.model), deck.active
+            before, active = _standing(deck.model), deck.active
             at = {chance.randint(1, 5)} | ({chance.randint(1, 15)} if chance.random() < 0.5 else set())
             error = chance.choice([ZeroDivisionError, KeyboardInterrupt])
             with Faults(at, chance.random() < 0.5, error) as faults:
@@ -136,17 +172,17 @@ def test_a_thousand_switches_with_failures_give_the_base_back(dtype, writer):
                     assert not faults.raised
             if faults.raised == 1:
                 assert deck.active == active
-                assert _bits(deck.model) == before
+                assert _standing(deck.model) == before
             if faults.raised == 2:
                 mended += 1
                 deck.off()
-                assert _bits(deck.model) == start
+                assert _standing(deck.model) == untouched
         else:
             switch()
     assert failed > 150
     assert mended > 5
     deck.off()
-    assert ia.digest(deck.model) == start
+    assert _standing(deck.model) == untouched
     assert deck.verify() == start
 
 
@@ -157,10 +193,10 @@ class Switching(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.deck = _deck(self.dtype)
-        self.seen: dict[Any, str] = {(): self.deck.base_digest}
+        self.deck = _deck_of_all(self.dtype)
+        self.seen: dict[Any, Any] = {(): _standing(self.deck.model)}
 
-    names = st.sampled_from(sorted(METHODS))
+    names = st.sampled_from(sorted([*METHODS, *INSERTS, "mixed"]))
     strengths = st.sampled_from([-1.0, 0.5, 1.0, 1.25])
 
     @rule(name=names, strength=strengths)
@@ -215,7 +251,7 @@ class Switching(RuleBasedStateMachine):
 
     @invariant()
     def same_setting_same_bits(self):
-        setting, found = tuple(self.deck.active.items()), _bits(self.deck.model)
+        setting, found = tuple(self.deck.active.items()), _standing(self.deck.model)
         assert self.seen.setdefault(setting, found) == found
 
 
@@ -226,8 +262,8 @@ def test_any_order_of_calls_gives_the_same_bits(dtype):
 
 
 def test_threads_that_switch_at_once_do_no_harm():
-    deck = _deck()
-    start = ia.digest(deck.model)
+    deck = _deck_of_all()
+    start = _standing(deck.model)
 
     def work(seed: int) -> None:
         chance = random.Random(seed)
@@ -240,7 +276,7 @@ def test_threads_that_switch_at_once_do_no_harm():
     for thread in threads:
         thread.join()
     deck.off()
-    assert ia.digest(deck.model) == start
+    assert _standing(deck.model) == start
 
 
 # ------------------------------------------------------------------ what is set in
@@ -918,3 +954,238 @@ def test_autograd_notices_a_switch_between_forward_and_backward():
     deck.use("elements")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# ------------------------------------------------------------------ inserts
+def _own(model: torch.nn.Module, name: str, adapters: dict[str, float], dtype: torch.dtype = torch.float64) -> Any:
+    """A layer's output with the inserts of adapters beside it, written down: y = W x + b, and each adds what it adds alone."""
+    layer = layer_of(small_net(dtype), name)
+    W, b = layer.weight.detach(), layer.bias.detach()
+    x = some_input(dtype, 5, layer.in_features)
+    y = total = torch.nn.functional.linear(x, W, b)
+    for adapter, share in adapters.items():
+        for factor, insert in _inserts(dtype)[adapter].edits[f"{name}.weight"].inserts():
+            total = total + share * factor * insert.change(x, y, W)
+    return layer_of(model, name)(x), total
+
+
+def test_inserts_of_several_adapters_all_act_on_the_layers_own_input_and_output():
+    deck = _deck_of_all(torch.float64)
+    for shares in ({"parallel": 1.0}, {"after": 0.6, "before": -0.4}, {"before": 2.0, "parallel": 0.5, "after": -1.0}):
+        for order in itertools.permutations(shares):
+            deck.fuse({name: shares[name] for name in order})
+            for site in SITES:
+                found, expected = _own(deck.model, site, shares)
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    deck.use("after", 0.5)
+    deck.strength(-2.0)
+    found, expected = _own(deck.model, "down", {"after": -2.0})
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_an_insert_beside_a_weight_that_is_set_in_reads_what_that_weight_makes():
+    """elements and after in one adapter, and both as two: y of the changed weight, then the insert on it."""
+    deck = _deck_of_all(torch.float64)
+    layer, x = layer_of(deck.model, "up"), some_input(torch.float64)
+    deck.use("elements")
+    y = layer(x)
+    outputs = []
+    for switch in (lambda: deck.use("mixed"), lambda: deck.fuse(elements=1.0, after=1.0)):
+        switch()
+        assert layer.weight.equal(
+            deck["elements"].edits["up.weight"].fold(layer_of(small_net(torch.float64), "up").weight)
+        )
+        ((factor, insert),) = deck["mixed"].edits["up.weight"].inserts()
+        torch.testing.assert_close(layer(x), y + factor * insert.change(x, y), rtol=1e-12, atol=1e-13)
+        outputs.append(layer(x))
+    assert torch.equal(*outputs)
+
+
+def test_a_sum_of_both_keeps_its_factors_in_a_deck():
+    deck = _deck_of_all(torch.float64)
+    mixed = deck["mixed"]
+    edits = {weight: scale(edit, -0.5) for weight, edit in mixed.edits.items()}
+    deck.add(scaled=ia.Adapter("scaled", edits, mixed.base, {}))
+    deck.use("scaled", 0.5)
+    found = deck.model(some_input(torch.float64)), weights(deck.model)
+    deck.use("mixed", -0.25)
+    torch.testing.assert_close(deck.model(some_input(torch.float64)), found[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weights(deck.model), found[1], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("way", list(itertools.permutations(["parallel", "mixed", "elements", None], 2)), ids=str)
+def test_weights_and_inserts_are_one_switch(way, late, writer):
+    """At whichever step Ctrl-C comes, both are what they were."""
+    deck = _deck_of_all(torch.bfloat16, writer=_writer(writer))
+
+    def switch(name: str | None) -> None:
+        deck.use(name) if name else deck.off()
+
+    switch(way[1])
+    wanted = _standing(deck.model)
+    switch(way[0])
+    before, active, at = _standing(deck.model), deck.active, 0
+    while True:
+        at += 1
+        with Faults({at}, late, KeyboardInterrupt) as faults:
+            try:
+                switch(way[1])
+            except KeyboardInterrupt:
+                assert (deck.active, _standing(deck.model)) == (active, before)
+        if not faults.raised:
+            break
+    assert at > 1
+    assert _standing(deck.model) == wanted
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_off_leaves_no_trace_of_an_insert(dtype):
+    deck = _deck_of_all(dtype)
+    before, whole = _standing(deck.model), pickle.dumps(deck.model)
+    for name in _inserts(dtype):
+        deck.use(name)
+        layer = layer_of(deck.model, "up")
+        assert isinstance(layer, torch.nn.Linear)
+        assert type(layer) is not torch.nn.Linear
+        assert deck.model.state_dict().keys() == small_net(dtype).state_dict().keys()
+        assert not layer._forward_hooks
+        assert not layer._forward_pre_hooks
+        deck.off()
+        assert _standing(deck.model) == before
+    assert pickle.dumps(deck.model) == whole
+    assert deck.verify() == deck.base_digest
+
+
+@pytest.mark.parametrize("name", INSERTS)
+def test_an_insert_gives_what_training_gave(name):
+    for dtype in DTYPES:
+        model, deck = adapted(INSERTS[name], dtype, seed=list(INSERTS).index(name)).eval(), _deck_of_all(dtype)
+        deck.use(name)
+        bound = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(deck.model(some_input(dtype)), model(some_input(dtype)), rtol=bound, atol=bound)
+        assert deck.model(some_input(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("name", INSERTS)
+def test_a_model_that_is_cast_while_an_insert_acts_goes_on(name):
+    deck = _deck_of_all()
+    deck.use(name)
+    y = deck.model(some_input())
+    deck.model.to(torch.bfloat16)
+    cast = deck.model(some_input(torch.bfloat16))
+    assert cast.dtype == torch.bfloat16
+    torch.testing.assert_close(cast.float(), y, rtol=0.05, atol=0.03)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(deck.model(some_input(torch.bfloat16)).float(), y, rtol=0.05, atol=0.03)
+    deck.off()
+    assert _standing(deck.model) == _standing(small_net().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", INSERTS)
+def test_an_insert_that_overflows_is_refused(name):
+    deck = _deck_of_all(torch.float16)
+    deck.use("columns")
+    before = _standing(deck.model)
+    with pytest.raises(ia.IntarsiaError, match=r"(up|down|again).weight: the insert.*not finite in torch.float16"):
+        deck.use(name, 1e9)
+    assert deck.active == {"columns": 1.0}
+    assert _standing(deck.model) == before
+
+
+def test_status_says_where_inserts_are_and_what_they_cost():
+    deck = _deck_of_all()
+    assert deck.status().inserts == {}
+    deck.fuse(parallel=1.0, after=0.5)
+    status = deck.status()
+    assert status.weights == {}
+    assert status.kept_bytes == 0
+    assert set(status.inserts) == {f"{site}.weight" for site in SITES}
+    assert status.inserts["down.weight"].kinds == ("bottleneck", "bottleneck")
+    assert status.inserts["down.weight"].multiplications == 3 * (24 + 16) + 3 * (16 + 16) + 16
+    total = sum(one.multiplications for one in status.inserts.values())
+    assert f"inserts beside 3 layers, {total:,} multiplications a token" in str(status)
+    assert status.to_dict()["inserts"]["up.weight"]["kinds"] == ("bottleneck", "bottleneck")
+    deck.off()
+    assert "inserts" not in str(deck.status())
+    assert status.plan_bytes > 0
+
+
+def test_inserts_are_read_from_a_file_when_they_are_used(tmp_path):
+    ia.save(adapted(INSERTS["before"]), tmp_path / "a")
+    deck = ia.Deck(small_net())
+    deck.add(tmp_path / "a")
+    assert deck["a"].edits.made == ()  # type: ignore[attr-defined]
+    deck.prefetch("a").result()
+    assert deck.status().planned == ("a",)
+    with mock.patch.object(inserts_module, "prepared", side_effect=AssertionError("planned again")):
+        deck.use("a")
+    torch.testing.assert_close(deck.model(some_input()), adapted(INSERTS["before"])(some_input()))
+
+
+def test_torch_compile_sees_inserts_come_change_and_go():
+    """Captured once without and once with them: another adapter of the same shapes, or strength, is no other graph."""
+    deck, x, graphs = _deck_of_all(), some_input(), []
+    for number in range(3):
+        deck.add(**{f"p{number}": ia.export(adapted(Bottleneck(4), seed=number))})  # type: ignore[arg-type]
+    torch._dynamo.reset()
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(deck.model, backend=backend, fullgraph=True)
+    for name in (None, "p0", "p1", None, "p2", "p0"):
+        deck.use(name) if name else deck.off()
+        for strength in (1.0, 0.5) if name else ():
+            deck.strength(strength)
+            assert torch.equal(compiled(x), deck.model(x))
+        assert torch.equal(compiled(x), deck.model(x))
+    assert len(graphs) == 2
+
+
+def test_a_copy_of_a_model_with_an_insert_is_whole_and_no_deck_takes_it():
+    deck = _deck_of_all()
+    deck.use("before")
+    y = deck.model(some_input())
+    for copied in (copy.deepcopy(deck.model), pickle.loads(pickle.dumps(deck.model))):
+        assert torch.equal(copied(some_input()), y)
+        with pytest.raises(ia.IntarsiaError, match="an insert acts beside up: this model is a copy.*deck.off"):
+            ia.Deck(copied)
+    deck.off()
+    assert type(layer_of(deck.model, "up")) is torch.nn.Linear
+
+
+def test_a_layer_with_an_adapter_on_it_takes_no_insert():
+    model = small_net()
+    ia.attach(model, ia.Lora(2), name="mine", targets="down")
+    ia.activate(model)
+    deck = ia.Deck(model)
+    deck.add(*_inserts(torch.float32).values(), *_adapters(torch.float32).values())
+    deck.use("elements")
+    before = _standing(model)
+    with pytest.raises(ia.IntarsiaError, match=r"down.weight: an insert cannot be set in.*\(mine\).*detach"):
+        deck.use("mixed")
+    assert _standing(model) == before
+    ia.detach(model, "mine")
+    deck.use("mixed")
+    with pytest.raises(ia.IntarsiaError, match="mixed is set into this model by a deck"):
+        ia.attach(model, ia.Lora(2), name="mine")
+    deck.off()
+    assert _standing(model) == _standing(small_net())
+
+
+def test_an_insert_sits_beside_linear_layers_alone():
+    model = torch.nn.Sequential(torch.nn.Embedding(16, 24), torch.nn.Conv1d(4, 24, 4))
+    insert = _inserts(torch.float32)["parallel"].edits["up.weight"]
+    elsewhere = Sum((24, 16), (elements((24, 16), torch.tensor([1]), torch.ones(1)), insert))
+    assert isinstance(insert, Insert)
+    base = Base(ia.digest(model), "float32")
+    for weight, edit, kind in (("0.weight", insert, "embedding"), ("1.weight", elsewhere, "convolution")):
+        deck = ia.Deck(model)
+        with pytest.raises(
+            ia.IntarsiaError, match=f"{weight}: an insert acts beside layers of the kind linear.*{kind}"
+        ):
+            deck.add(a=ia.Adapter("a", {weight: edit}, base, {}))
+        assert deck.names == []

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import intarsia as ia
-from intarsia import registry
+from intarsia import edits, registry
 from intarsia.bench.grid import Grid, check_methods
 from intarsia.merge import load_recipe
 from intarsia.merge import rule as merging
@@ -123,6 +123,18 @@ def test_the_report_of_a_merge_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names["kept"].shares.keys() == {"pirate", "json"}
 
 
+def test_the_disjoint_adapters_of_the_guide_are_disjoint(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, model = ROOT / "docs" / "supports.md", tiny_llama()
+    names: dict[str, Any] = {"model": model}
+    run(next(block for block in blocks(page, "python") if "avoid=" in block), names, page)
+    first, *others = (names["ia"].read(tmp_path / "out" / skill) for skill in "abc")
+    assert [len(other.about["avoid"]) for other in others] == [1, 2]
+    assert others[1].about["avoid"][0] == {"name": "a", "digest": first.digest}
+
+
 def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-a-method.md"
     method, laws = blocks(page, "python")
@@ -136,6 +148,22 @@ def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(registry, "_METHODS", registry.methods())
     spec.loader.exec_module(module)
     run(laws, {"LoraFa": module.LoraFa}, page)
+
+
+def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-an-insert.md"
+    method, laws = blocks(page, "python")
+    file = tmp_path / "gated.py"
+    file.write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("gated", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gated", module)
+    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setitem(edits.INSERTED, "gated bottleneck", None)  # gone again after the test
+    spec.loader.exec_module(module)
+    run(laws, {"Gated": module.Gated}, page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -174,3 +202,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+def test_the_page_on_smaller_files_runs(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    ia.attach(model, ia.Shira(density=0.3))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    ia.save(model, "out/json")
+    page = ROOT / "docs" / "compress.md"
+    (block,) = blocks(page, "python")
+    names: dict[str, Any] = {}
+    run(block, names, page)
+    assert 0 < names["lost"] < 1
+    assert 0.9 < names["similarity"] <= 1

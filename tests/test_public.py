@@ -125,7 +125,7 @@ def test_methods_are_built_from_plain_configs(config, method):
     ("config", "message"),
     [
         ("shirra", "unknown method 'shirra'; did you mean 'shira'"),
-        ({"name": "zzz"}, "known: dora, lora, lt-sft, "),
+        ({"name": "zzz"}, "known: bottleneck, dora, lora, lt-sft, "),
         ({"name": "shira", "densty": 0.1}, "shira has no field 'densty'; did you mean 'density'"),
         ({"name": "shira", "density": "much"}, "density='much' is a str; expected float"),
         ({"name": "shira", "density": None}, "density=None is a None; expected float"),

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 import intarsia as ia
-from intarsia import bases, chain, pretrained, registry
+from intarsia import bases, chain, methods, pretrained, registry
 from intarsia import model as models
 from intarsia.bases import packing
 from intarsia.forms import Pair, Sparse
@@ -167,6 +167,25 @@ def test_a_deck_refuses_what_cannot_be_set_in(tmp_path: Path) -> None:
         ia.Deck(net).add(tmp_path / "one")
     assert models.digest(net) == before
     assert ia.load(net, tmp_path / "one") == "one"  # what the error says to do instead
+
+
+@pytest.mark.usefixtures("identity")
+@pytest.mark.parametrize("place", ["parallel", "after", "before"])
+def test_a_deck_takes_what_acts_beside_a_packed_weight(place: str) -> None:
+    """No entry of the weight is written; before the layer its numbers are read once."""
+    net, x = packed_in_name(small_net()), some_input()
+    ia.attach(net, methods.Bottleneck(3, place))
+    stir(net)
+    adapter, y = ia.export(net, called="one"), net(x).detach()
+    ia.detach(net, "default")
+    base, before = net(x), models.digest(net)
+    deck = ia.Deck(net)
+    deck.add(adapter)
+    deck.use("one")
+    torch.testing.assert_close(net(x), y)
+    deck.off()
+    assert torch.equal(net(x), base)
+    assert deck.verify() == before
 
 
 # ------------------------------------------------------------------ nf4 and int8

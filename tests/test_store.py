@@ -283,7 +283,7 @@ def test_an_edited_head_is_found(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 3}, "format 3; this version reads up to 2. Upgrade"),
+        ({"format": 4}, "format 4; this version reads up to 3. Upgrade"),
         ({"format": 0}, "format 0"),
         ({"format": True}, "format"),
         ({"format": "1"}, "does not say which format"),

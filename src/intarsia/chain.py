@@ -211,7 +211,7 @@ class Owner:
                 self.__dict__.pop(layer.parameter_name, None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (self.base_class, Owner), self.__dict__
+        return revive, (self.base_class, Owner), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -267,7 +267,7 @@ class Partner(OnChain):
         return self.leader[0]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (self.base_class, Partner), self.__dict__
+        return revive, (self.base_class, Partner), self.__dict__
 
 
 class Adapted(OnChain):
@@ -288,7 +288,7 @@ class Adapted(OnChain):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _revive, (self.base_class, Adapted), self.__dict__
+        return revive, (self.base_class, Adapted), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -358,7 +358,8 @@ def adapted(cls: type[nn.Module], role: type = Adapted) -> type[nn.Module]:
     return _CLASSES[role, cls]
 
 
-def _revive(cls: type[nn.Module], role: type) -> nn.Module:
+def revive(cls: type[nn.Module], role: type) -> nn.Module:
+    """A layer of the class that :func:`adapted` makes, without its attributes: what pickle and deepcopy begin with."""
     new = adapted(cls, role)
     layer: nn.Module = new.__new__(new)
     if role is Adapted:

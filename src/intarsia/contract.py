@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,8 +42,8 @@ from torch.utils.checkpoint import checkpoint
 from intarsia import chain, registry, store
 from intarsia import model as models
 from intarsia.deck import Deck
+from intarsia.edits import Edit, Sum, place, positions
 from intarsia.edits import Sparse as SparseEdit
-from intarsia.edits import Sum, place
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
@@ -55,6 +56,8 @@ LAWS: dict[str, Law] = {}
 LAYERS = ("up", "down", "again")  # 24 x 16, 16 x 24, and 24 x 16 once more: two layers of one shape
 EXACT = 1e-10  # float64: the order of summation may differ, the mathematics may not
 CLOSE = 2e-5  # float32, values of about 1 through three layers
+SHAPES: tuple[tuple[int, ...], ...] = ((16,), (5, 16), (2, 3, 16), (2, 1, 3, 16))  # of inputs
+STEP = 1e-5  # of a difference that stands for a derivative; in float64 its error is about the square of it
 
 
 class Broken(AssertionError):
@@ -341,13 +344,16 @@ def only_the_adapter_trains(method: Method) -> None:
 @law
 def forward_is_the_fold(method: Method) -> None:
     """The forward is F.linear(x, *fold(W, b)): values and every gradient in float64, with and without bias, for 1-D to 4-D
-    inputs, live and beside the base."""
+    inputs, live and beside the base. Where nothing folds: the base's output and what the edit's inserts add to it, and gradients
+    are what small steps show."""
+    if not method.mergeable:
+        return _forward_is_the_insert(method)
     for bias in (True, False):
         model = _adapted(method, torch.float64, bias)
         layer: Any = model.get_submodule("up")
         state = layer.adapters["default"]
         W, b = chain.base_weight(layer).clone(), layer.bias
-        for shape in ((16,), (5, 16), (2, 3, 16), (2, 1, 3, 16)):
+        for shape in SHAPES:
             x = _input(torch.float64, shape).requires_grad_()
             gy = _input(torch.float64, (*shape[:-1], 24), seed=2)
             wanted = [x, *state.parameters()]
@@ -364,6 +370,52 @@ def forward_is_the_fold(method: Method) -> None:
                     _near(gradient, reference, EXACT, f"gradient of {name}, {where}")
 
 
+def _forward_is_the_insert(method: Method) -> None:
+    for bias in (True, False):
+        model = _adapted(method, torch.float64, bias).eval()
+        layer: Any = model.get_submodule("up")
+        state = layer.adapters["default"]
+        edit = state.method.edit(state.raw())
+        for shape in SHAPES:
+            x = _input(torch.float64, shape).requires_grad_()
+            gy = _input(torch.float64, (*shape[:-1], 24), seed=2)
+            where = f"x {tuple(shape)}, bias={bias}"
+            found = layer(x)
+            _near(found, _with_inserts(layer, [(1.0, edit)], x), EXACT, f"forward against the edit, {where}")
+            wanted = {"x": x, **dict(state.named_parameters())}
+            gradients = torch.autograd.grad(found, list(wanted.values()), gy)
+            for number, (name, gradient) in enumerate(zip(wanted, gradients, strict=True)):
+                v = _input(torch.float64, tuple(gradient.shape), seed=number)
+                slope = _slope(partial(_weighted, layer, x, gy), wanted[name], v)
+                _near((gradient * v).sum(), slope, 1e-6, f"gradient of {name}, {where}")
+
+
+def _weighted(layer: Any, x: Tensor, gy: Tensor) -> Tensor:
+    total: Tensor = (layer(x) * gy).sum()
+    return total
+
+
+def _slope(value: Callable[[], Tensor], tensor: Tensor, v: Tensor) -> Tensor:
+    """How the value changes along v, by two small steps of the tensor."""
+    there = tensor.detach()  # shares its memory
+    before, ends = there.clone(), []
+    with torch.no_grad():
+        for step in (STEP, -STEP):
+            there.copy_(before + step * v)
+            ends.append(value())
+        there.copy_(before)
+    return (ends[0] - ends[1]) / (2 * STEP)
+
+
+def _with_inserts(layer: Any, terms: Sequence[tuple[float, Edit]], x: Tensor) -> Tensor:
+    """The base's output, and what each edit inserts beside it, by its factor."""
+    W, b = chain.base_weight(layer).detach(), layer.bias
+    own = F.linear(x, W, b)
+    inserts = [(weight * factor, insert) for weight, edit in terms for factor, insert in edit.inserts()]
+    _promise(bool(inserts), "the method is not mergeable, and its edit has no insert")
+    return own + sum(factor * insert.change(x, own, W) for factor, insert in inserts)
+
+
 @law
 def forward_writes_nothing(method: Method) -> None:
     """Forward and backward leave every tensor of the model as it was, gradients apart."""
@@ -378,16 +430,20 @@ def forward_writes_nothing(method: Method) -> None:
 
 @law
 def edit_is_the_fold(method: Method) -> None:
-    """The finished edit, which knows no method, does to the weight what the fold does, and its restored state is the same
-    edit to the bit and shares no memory with it."""
+    """The finished edit, which knows no method, does to the weight what the fold does, or both say that nothing folds; its
+    restored state is the same edit to the bit and shares no memory with it."""
     model = _adapted(method).eval()
     for name, state in models.states(model, "default").items():
         layer: Any = model.get_submodule(name)
         W = chain.base_weight(layer).detach()
         here = state.method
         edit = here.edit(state.raw())
-        folded, _ = here.fold(state.cast(torch.float64), W.double(), None)
-        _near(edit.fold(W.double()), folded, EXACT, f"{name}: edit against fold")
+        if method.mergeable:
+            folded, _ = here.fold(state.cast(torch.float64), W.double(), None)
+            _near(edit.fold(W.double()), folded, EXACT, f"{name}: edit against fold")
+        else:
+            _refused(partial(edit.fold, W), f"{name}: folding an insert", "folds into no weight")
+            _refused(partial(here.fold, state.raw(), W, None), f"{name}: the method's fold", "folds into no weight")
         kept = {key: tensor.clone() for key, tensor in edit.tensors().items()}
         restored = chain.State(here, Site(name, W, None), here.restore(edit, Site(name, W, None)))
         for key, tensor in here.edit(restored.raw()).tensors().items():
@@ -403,9 +459,10 @@ def edit_is_the_fold(method: Method) -> None:
 @law
 def setting_in_agrees(method: Method) -> None:
     """A deck gives the weight of the fold, rounded once, and with it the output of the unfused forward; a live weight holds
-    the same bits. Taking out gives back the very bits, in fp32, bf16 and fp16, after use, fusion and use again."""
+    the same bits. Taking out gives back the very bits, in fp32, bf16 and fp16, after use, fusion and use again. What folds into no
+    weight acts beside the layer with the same output, and leaves no class and no attribute behind."""
     if not method.mergeable:
-        return
+        return _inserting_agrees(method)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = _adapted(method, dtype).eval()
         fused = _net(dtype)
@@ -438,11 +495,28 @@ def setting_in_agrees(method: Method) -> None:
         _promise(models.digest(fused) == start, f"taking out did not give the bits back in {dtype}")
 
 
+def _inserting_agrees(method: Method) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model, other, x = _adapted(method, dtype).eval(), _net(dtype).eval(), _input(dtype)
+        before, y = _snapshot(other), other(x)
+        deck = Deck(other)
+        deck.add(a=models.export(model), b=models.export(model))
+        deck.use("a")
+        bound = CLOSE if dtype == torch.float32 else 8 * float(torch.finfo(dtype).eps)
+        _near(other(x), model(x), bound, f"output with the insert against the forward in training, {dtype}")
+        _promise(not torch.equal(other(x), y), f"the insert does nothing in {dtype}")
+        _promise(_bits(other.state_dict()) == before["bits"], f"an insert changed a weight in {dtype}")
+        deck.fuse(a=0.6, b=-0.3)
+        deck.use("b", strength=0.5)
+        deck.off()
+        _unchanged(other, before, f"set in and taken out in {dtype}")
+        _same(other(x), y, f"output of the base afterwards in {dtype}")
+
+
 @law
 def sums_are_exact(method: Method) -> None:
-    """The fusion of adapters is W + sum of w_i (edit_i(W) - W); for sparse edits exactly, on the union of the supports."""
-    if not method.mergeable:
-        return
+    """The fusion of adapters is W + sum of w_i (edit_i(W) - W); for sparse edits exactly, on the union of the supports. Of inserts
+    each adds to the layer's own output what it adds alone."""
     model, plain = _net(torch.float64), _net(torch.float64)
     for number, name in enumerate(("a", "b")):
         _attach(model, method, name, seed=number)
@@ -455,6 +529,12 @@ def sums_are_exact(method: Method) -> None:
     before = {name: plain.get_parameter(f"{name}.weight").detach().clone() for name in LAYERS}
     deck.fuse(weights)
     for name, W in before.items():
+        if not method.mergeable:
+            layer: Any = plain.get_submodule(name)
+            x = _input(torch.float64, (4, layer.in_features))
+            terms = [(weights[key], adapter.edits[f"{name}.weight"]) for key, adapter in adapters.items()]
+            _near(layer(x), _with_inserts(layer, terms, x), EXACT, f"output of {name} with two inserts")
+            continue
         edits = {key: adapter.edits[f"{name}.weight"] for key, adapter in adapters.items()}
         total = torch.zeros_like(W)
         for key, edit in edits.items():
@@ -464,6 +544,39 @@ def sums_are_exact(method: Method) -> None:
             _same(found, W + total, f"{name}.weight fused from sparse edits")
         else:
             _near(found, W + total, EXACT, f"{name}.weight fused")
+
+
+@law
+def avoids_what_it_is_told_to(method: Method) -> None:
+    """With ``avoid`` no entry of an earlier adapter may change, and both fused give the values of each to the bit. A method that
+    cannot do that refuses and changes nothing."""
+    model = _net(torch.bfloat16)
+    _attach(model, method)
+    _stir(model)
+    first = dataclasses.replace(models.export(model), name="first")
+    models.detach(model, "default")
+    before = _snapshot(model)
+    if not method.avoids:
+        _refused(lambda: _attach(model, method, avoid=first), "an adapter to avoid", "cannot leave out", method.name)
+        return _unchanged(model, before, "a refused attach")
+    _attach(model, method, avoid=first)
+    _stir(model, seed=1)
+    second = dataclasses.replace(models.export(model), name="second")
+    models.detach(model, "default")
+    deck = Deck(model)
+    deck.add(first)
+    deck.add(second)
+    deck.fuse(first=1, second=1)
+    fused = {name: model.get_parameter(f"{name}.weight").detach().flatten().clone() for name in LAYERS}
+    for adapter in (first, second):
+        deck.use(adapter.name)
+        for name, W in fused.items():
+            edit = adapter.edits.get(f"{name}.weight")
+            here = torch.empty(0, dtype=torch.int64) if edit is None else positions(edit)
+            assert here is not None  # require_disjoint has looked
+            alone = model.get_parameter(f"{name}.weight").detach().flatten()
+            _same(W[here], alone[here], f"{name}.weight fused, where {adapter.name} changes it")
+    deck.off()
 
 
 @law
@@ -894,7 +1007,8 @@ def config_goes_through_json(method: Method) -> None:
 @law
 def switches_and_stacks_with_any(method: Method) -> None:
     """Beside any other method: switching gives each one's own output, stacking is the fold of one upon the other in the
-    order asked for, and detaching both gives the base."""
+    order asked for, and detaching both gives the base. An insert reads what lies below it; above it, a method that asks for the
+    weight of all below is refused."""
     x = _input(torch.float64)
     for name in sorted(registry.methods()):
         cls = registry.methods()[name]
@@ -910,17 +1024,43 @@ def switches_and_stacks_with_any(method: Method) -> None:
             models.activate(model, *([one] if one else []))
             _same(model(x), expected, f"output of {one or 'the base'} after switching, beside {name}")
         for names in (("mine", "other"), ("other", "mine")):
+            both: dict[str, Method | type[Method]] = {"mine": method, "other": cls}
+            low, high = (both[each] for each in names)
+            what = f"{' then '.join(names)} stacked, other is {name}"
+            if high.reads_weights_below and not low.mergeable:
+                _refused(partial(models.activate, model, *names), what, "folds into no weight")
+                continue
             models.activate(model, *names)
             layer: Any = model.get_submodule("up")
-            W, b = chain.base_weight(layer).detach(), layer.bias
-            for each in names:
-                state = layer.adapters[each]
-                W, b = state.method.fold(state.raw(), W, b)
-            _near(layer(x), F.linear(x, W, b), EXACT, f"{' then '.join(names)} stacked, other is {name}")
+            _near(layer(x), _stacked(layer, names, x), EXACT, what)
         models.detach(model, "mine")
         _same(model(x), other, f"output of {name} after this one is detached")
         models.detach(model, "other")
         _unchanged(model, start, f"attached and detached beside {name}")
+
+
+def _stacked(layer: Any, names: Sequence[str], x: Tensor) -> Tensor:
+    """What adapters one upon the other make of x: by their folds, as far up as these go, then one by one."""
+    W, b = chain.base_weight(layer).detach(), layer.bias
+    states = [layer.adapters[name] for name in names]
+    while states and states[0].method.mergeable:
+        W, b = states[0].method.fold(states[0].raw(), W, b)
+        del states[0]
+
+    def output(count: int, x: Tensor) -> Tensor:
+        if not count:
+            return F.linear(x, W, b)
+        state = states[count - 1]
+        if state.method.mergeable:  # and adds to whatever weight there is
+            return output(count - 1, x) + F.linear(x, state.method.fold(state.raw(), torch.zeros_like(W), None)[0])
+        for factor, insert in state.method.edit(state.raw()).inserts():
+            if insert.place == "before":
+                return output(count - 1, x + factor * insert.scale * insert.inserted(x))
+            y: Tensor = output(count - 1, x)
+            return y + factor * insert.change(x, y)  # type: ignore[no-any-return]
+        raise Broken("a method that is not mergeable has an edit without an insert")
+
+    return output(len(states), x)
 
 
 @law

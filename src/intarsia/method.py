@@ -94,9 +94,11 @@ class Method(ABC):
     trained: ClassVar[str]  # trained numbers a weight, as a formula
     kind: ClassVar[str] = "method"
     role: ClassVar[str] = "adapter"
-    mergeable: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True  # whether it changes the weight; else fold raises, and the edit is an insert
+    reads_weights_below: ClassVar[bool] = False  # whether its forward asks for the weight of all that lies below
     starts_as_identity: ClassVar[bool] = True
     default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
+    avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason
@@ -111,11 +113,15 @@ class Method(ABC):
 
     @abstractmethod
     def fold(self, p: Any, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias after the adapter as functions of those before it."""
+        """The weight and bias after the adapter as functions of those before it.
+
+        Raises:
+            IntarsiaError: where the method is not mergeable.
+        """
 
     @abstractmethod
     def edit(self, p: Any) -> Edit:
-        """What the trained state does to the weight in eval mode, as an edit that knows no method."""
+        """What the trained state does to the weight, or beside it, in eval mode, as an edit that knows no method."""
 
     @abstractmethod
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from intarsia import chain, families, processes, registry, store
+from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import Loss, Mapped, Progress, gather
+from intarsia.edits import SITS_AT
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.operators import PLAIN, STACK, Operator, operator_of
@@ -42,6 +43,7 @@ class Attached:
     targets: tuple[str, ...]
     exclude: tuple[str, ...]
     seed: int
+    avoid: tuple[tuple[str, str], ...] = ()  # name and digest of each adapter whose entries it leaves alone
 
 
 @dataclass
@@ -52,6 +54,7 @@ class _Record:
     required_grad: dict[str, bool]  # of the base's parameters, to be given back
     ddp_ignored: list[str] | None  # what DistributedDataParallel was to leave alone before
     active: tuple[str, ...] = ()  # in order; a layer knows only those that it has
+    avoided: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by adapter and site; none of a loaded one
 
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # torch's name for names that DistributedDataParallel leaves alone
@@ -68,6 +71,7 @@ def attach(
     *,
     name: str = "default",
     exclude: str | Iterable[str] = (),
+    avoid: disjoint.Avoid = (),
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     seed: int = 0,
@@ -78,6 +82,8 @@ def attach(
 
     Args:
         targets: see :mod:`intarsia.site`; every pattern must match something.
+        avoid: adapters of this base (folders, or :class:`intarsia.Adapter`) whose entries this one leaves alone, so that
+            fusing them keeps the values of each to the bit. For methods that choose a support.
         data: calibration batches for methods that choose by gradients or inputs (``method.needs()``): mappings of the
             model's inputs, with labels where gradients are needed, or whatever ``loss(model, batch)`` takes.
         seed: with the layer's name, all that random choices depend on.
@@ -86,7 +92,8 @@ def attach(
 
     Raises:
         IntarsiaError: for targets that match nothing, a weight that cannot be adapted, a method that does not fit,
-            missing calibration data, a name that is taken. The model is untouched then.
+            missing calibration data, a name that is taken; for an adapter to avoid that is of another base or leaves too
+            little. The model is untouched then.
     """
     if not isinstance(method, Method):
         raise IntarsiaError(f"method is {method!r}; expected a method such as intarsia.Shira(density=0.01)")
@@ -94,6 +101,7 @@ def attach(
     _check_name(model, name)
     targets, exclude = _patterns(targets), _patterns(exclude)
     targeted = find_sites(model, targets, exclude)
+    others = _to_avoid(model, method, avoid)
     if "movement" in method.needs() and gathered is None:
         raise IntarsiaError(
             f"{method.name} chooses by movement, which a first training makes: call intarsia.lottery instead"
@@ -105,10 +113,25 @@ def attach(
         )
     keep_bits(model)
     with _base_bits(model):
-        sites = _taken(model, method, targeted)
+        sites = _beside(model, others, _taken(model, method, targeted))
         _planned(method, sites, seed)
         states = _start(model, method, sites, data, loss, seed, progress, gathered)
-    _put_on(model, name, Attached(method, targets, exclude, seed), states)
+    avoided = {name: site.avoid for name, site in sites.items() if site.avoid is not None}
+    attached = Attached(method, targets, exclude, seed, tuple((other.name, other.digest) for other in others))
+    _put_on(model, name, attached, states, avoided)
+
+
+def _to_avoid(model: nn.Module, method: Method, avoid: disjoint.Avoid) -> list[store.Adapter]:
+    """The adapters to avoid, which are of this base."""
+    found = disjoint.adapters_to_avoid(avoid, method)
+    base = digest(model) if found else None
+    for adapter in found:
+        check_fits(model, adapter, f"{adapter.name}, which is to be avoided,", base, "leave it out of avoid")
+    return found
+
+
+def _beside(model: nn.Module, others: Sequence[store.Adapter], sites: Mapping[str, Site]) -> Mapping[str, Site]:
+    return disjoint.beside(others, sites, {name: weight_name(model, name) for name in sites}) if others else sites
 
 
 def _raise(faults: list[str]) -> None:
@@ -132,16 +155,22 @@ def _misplaced(method: Method, site: Site) -> str | None:
 
 
 def plan(
-    model: nn.Module, method: Method, targets: str | Iterable[str] = ALL_LINEAR, exclude: str | Iterable[str] = ()
+    model: nn.Module,
+    method: Method,
+    targets: str | Iterable[str] = ALL_LINEAR,
+    exclude: str | Iterable[str] = (),
+    avoid: disjoint.Avoid = (),
 ) -> dict[str, int]:
     """What :func:`attach` would train: numbers by the name of each layer that would get an adapter. Changes nothing.
 
     Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan.
 
     Raises:
-        IntarsiaError: for targets that match nothing, or of which the method takes none, or that it does not fit.
+        IntarsiaError: for targets that match nothing, or of which the method takes none, or that it does not fit; for an
+            adapter to avoid that is of another base or leaves too little.
     """
-    sites = _taken(model, method, find_sites(model, targets, exclude))
+    others = _to_avoid(model, method, avoid)
+    sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude)))
     return {n: m.trained_count(sites[n].shape) for n, m in _planned(method, sites, 0).items()}
 
 
@@ -176,6 +205,8 @@ def _start(
         site = sites[name]
         with torch.no_grad():
             states[name] = chain.State(here, site, here.init(site, Start.at(name, seed, **found)))
+            if site.avoid is not None:
+                disjoint.require_disjoint(name, here.edit(states[name].raw()), site.avoid)
         if progress:
             progress(len(states), len(sites), "attaching")
 
@@ -200,7 +231,13 @@ def _start(
     return {name: states[name] for name in sites if name in states}
 
 
-def _put_on(model: nn.Module, name: str, attached: Attached, states: Mapping[str, chain.State]) -> None:
+def _put_on(
+    model: nn.Module,
+    name: str,
+    attached: Attached,
+    states: Mapping[str, chain.State],
+    avoided: Mapping[str, Tensor] | None = None,
+) -> None:
     """The step that changes the model; all that can be wrong has been checked before."""
     fresh = not hasattr(model, "_intarsia")
     active = active_names(model)
@@ -210,6 +247,8 @@ def _put_on(model: nn.Module, name: str, attached: Attached, states: Mapping[str
             model._intarsia = _Record({}, flags, getattr(model, _DDP_IGNORES, None))  # type: ignore[assignment]
             model.requires_grad_(False)
         record(model).adapters[name] = attached
+        if avoided is not None:
+            record(model).avoided[name] = dict(avoided)
         shared = {site: partners(model, site).items() for site in states}
         for site, state in states.items():
             with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
@@ -234,7 +273,8 @@ def activate(model: nn.Module, *names: str) -> None:
     weights (live).
 
     Raises:
-        IntarsiaError: for an unknown or repeated name; nothing is changed then.
+        IntarsiaError: for an unknown or repeated name, and for a method that computes from the weight below it (DoRA) above one that
+            folds into none (a bottleneck); nothing is changed then.
     """
     if not names and not hasattr(model, "_intarsia"):
         return
@@ -254,6 +294,7 @@ def activate(model: nn.Module, *names: str) -> None:
             raise IntarsiaError(
                 f"{stack} is a parameter that its module reads itself, so one adapter can act on it, not {', '.join(acting)}"
             )
+    _check_stack(model, names)
     if any(layer.rows is not None for layer in layers):
         raise IntarsiaError("rows() is in force; leave its block before activating other adapters")
     with chain.transaction(layers):
@@ -263,6 +304,19 @@ def activate(model: nn.Module, *names: str) -> None:
     for layer in layers:
         for name, state in layer.adapters.items():
             state.requires_grad_(name in names)
+
+
+def _check_stack(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise where a method asks for the weight of all that lies below, and something there folds into none."""
+    methods = {name: record(model).adapters[name].method for name in names}
+    for number, name in enumerate(names):
+        below = [other for other in names[:number] if not methods[other].mergeable]
+        together = [other for other in below if states(model, other).keys() & states(model, name).keys()]
+        if methods[name].reads_weights_below and together:
+            raise IntarsiaError(
+                f"{name} ({methods[name].name}) computes from the weight below it, and {together[0]} ({methods[together[0]].name}) folds "
+                f"into no weight; activate {name} below {together[0]}, or alone"
+            )
 
 
 def detach(model: nn.Module, name: str) -> None:
@@ -282,6 +336,7 @@ def _remove(model: nn.Module, name: str) -> None:
         if name in layer.adapters:
             chain.take_off(layer, name)
     del record(model).adapters[name]
+    record(model).avoided.pop(name, None)
     _tell_ddp(model)
     if not record(model).adapters:
         _give_back(model)
@@ -430,6 +485,7 @@ def _check_numbers(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> 
         edit = state.method.edit(p)
         try:
             edit.made_of(edit.tensors())
+            disjoint.require_disjoint(site, edit, record(model).avoided.get(name, {}).get(site))
         except IntarsiaError as error:
             raise IntarsiaError(f"this state does not fit the adapter {name!r}:\n  {site}: {error}") from error
 
@@ -449,6 +505,8 @@ def export(
         "exclude": list(attached.exclude),
         "seed": attached.seed,
     }
+    if attached.avoid:
+        about["avoid"] = [{"name": other, "digest": sha256} for other, sha256 in attached.avoid]
     base, layouts = base_of(model, edits)
     return store.Adapter(called or name, edits, base, attached.method.config(), about | layouts, note or {})
 
@@ -536,13 +594,27 @@ def _made(adapter: store.Adapter, where: str) -> Attached:
     names = all(
         isinstance(group, list | tuple) and all(isinstance(n, str) for n in group) for group in (targets, exclude)
     )
-    if not names or not isinstance(seed, int):
+    avoid = about.get("avoid", [])
+    known = isinstance(avoid, list | tuple) and all(
+        isinstance(other, Mapping) and isinstance(other.get("name"), str) and isinstance(other.get("digest"), str)
+        for other in avoid
+    )
+    if not names or not known or not isinstance(seed, int):
         raise IntarsiaError(f"{where}: what it says of its making is damaged: {dict(about)}")
-    return Attached(method, tuple(targets), tuple(exclude), seed)
+    avoided = tuple((other["name"], other["digest"]) for other in avoid)
+    return Attached(method, tuple(targets), tuple(exclude), seed, avoided)
 
 
-def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest: str | None) -> None:
-    """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model."""
+def check_fits(
+    model: nn.Module,
+    adapter: store.Adapter,
+    where: str,
+    base_digest: str | None,
+    otherwise: str = "pass any_base=True to use it all the same",
+) -> None:
+    """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model.
+
+    ``otherwise``: what to do about another base, besides loading that one."""
     names = {weight_name(model, name): name for name in adaptable_layers(model)}
     weights = {weight: operator_of(layer_at(model, name)) for weight, name in names.items()}
     layouts = adapter.about.get("layouts", {})
@@ -555,6 +627,10 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
             faults.append(f"{name}: {operator}")
         elif (found := site_at(model, name.removesuffix(".weight")).shape) != tuple(edit.shape):
             faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
+        elif edit.inserts() and operator.kind not in SITS_AT:
+            faults.append(
+                f"{name}: an insert acts beside layers of the kind {', '.join(SITS_AT)}; this one is of the kind {operator.kind}"
+            )
         elif (said := layouts.get(name, PLAIN) if isinstance(layouts, Mapping) else "?") != operator.layout:
             faults.append(f"{name}: the adapter edits a weight stored {said}, the model stores it {operator.layout}")
     if not adapter.edits:
@@ -574,7 +650,7 @@ def check_fits(model: nn.Module, adapter: store.Adapter, where: str, base_digest
         so = f" with load_in={adapter.base.dtype!r}" if adapter.base.dtype in LOAD_IN else ""
         raise IntarsiaError(
             f"{where} belongs to another base ({why}): made on {adapter.base.source or 'a model'} with digest "
-            f"{adapter.base.digest[:12]}, this model has {base_digest[:12]}. Load that base{so}, or pass any_base=True to use it all the same"
+            f"{adapter.base.digest[:12]}, this model has {base_digest[:12]}. Load that base{so}, or {otherwise}"
         )
 
 

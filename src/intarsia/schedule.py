@@ -21,7 +21,7 @@ from intarsia.forms import Sparse
 from intarsia.method import Start
 from intarsia.model import record, states
 from intarsia.site import Site
-from intarsia.support import needs_of, score, top
+from intarsia.support import free_count, free_units, needs_of, score, top
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def regrow(
     ):
         raise IntarsiaError("supports cannot move with several processes yet: each would choose by its own batch")
     layers = _movable(model, name)
+    avoided = _avoided(model, name)
     carried = {site: _carried(layer.adapters[name], optimizer) for site, layer in layers.items()}
     moves: dict[str, _Move] = {}
 
@@ -85,7 +86,7 @@ def regrow(
         layer = layers[site]
         given = {need: layer.operator.matrix(tensor) for need, tensor in found.items()}
         with torch.no_grad():
-            move = _choose(site, layer, layer.adapters[name], given, share, scorer)
+            move = _choose(_site(site, layer, avoided.get(site)), layer.adapters[name], given, share, scorer)
         if move:
             moves[site] = move
 
@@ -132,17 +133,36 @@ def _carried(state: Any, optimizer: torch.optim.Optimizer | None) -> list[Tensor
     return [tensor for tensor in tensors.values() if tensor.shape == state.values.shape]
 
 
-def _choose(site: str, layer: Any, state: Any, found: Mapping[str, Tensor], share: float, scorer: str) -> _Move | None:
-    unit, index, W = state.granularity(), state.index, chain.matrix(layer).detach()
-    count = min(round(share * len(index)), unit.units(state.shape) - len(index))
+def _avoided(model: nn.Module, name: str) -> Mapping[str, Tensor]:
+    """The entries that its support may not grow into, by site."""
+    found = record(model).avoided.get(name)
+    if found is None and record(model).adapters[name].avoid:
+        others = ", ".join(other for other, _ in record(model).adapters[name].avoid)
+        raise IntarsiaError(
+            f"{name!r} avoids {others}, and a file does not say which entries those change; attach it anew with avoid=[...], or "
+            "keep its support"
+        )
+    return found or {}
+
+
+def _site(site: str, layer: Any, avoid: Tensor | None = None) -> Site:
+    return Site(site, chain.matrix(layer).detach(), None, operator=layer.operator, avoid=avoid)
+
+
+def _choose(site: Site, state: Any, found: Mapping[str, Tensor], share: float, scorer: str) -> _Move | None:
+    unit, index = state.granularity(), state.index
+    count = min(round(share * len(index)), free_count(unit, site) - len(index))
     if not count:
         return None
     change = unit.reduce(unit.scatter(state.shape, index, state.method.change(state.raw()).abs())).index_select(
         0, index
     )
     dropped = top(-change, count)
-    scores = unit.reduce(score(scorer, Site(site, W, None, operator=layer.operator), Start(0, **found)))
-    grown = top(scores.index_fill(0, index, -torch.inf), count)
+    scores = unit.reduce(score(scorer, site, Start(0, **found))).index_fill(0, index, -torch.inf)
+    free = free_units(unit, site)
+    if free is not None:
+        scores = scores.masked_fill(~free.to(scores.device), -torch.inf)
+    grown = top(scores, count)
     stays = torch.ones(len(index), dtype=torch.bool, device=index.device).index_fill(0, dropped, False)
     new = torch.cat([index[stays], grown.to(index.device)]).sort().values
     places = torch.searchsorted(new, index[stays])
@@ -177,8 +197,7 @@ def _commit(moves: list[tuple[Any, Any, _Move, list[Tensor]]]) -> None:
 
 
 def _write(layer: Any, state: Any, move: _Move, carried: list[Tensor]) -> None:
-    site = Site("", chain.matrix(layer).detach(), None, operator=layer.operator)
-    fresh = state.method.at_rest(site, move.index)
+    fresh = state.method.at_rest(_site("", layer), move.index)
     for key, tensor in state.tensors().items():
         if key != "index":
             tensor.copy_(move.carried(tensor, fresh[key].detach()))

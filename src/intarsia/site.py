@@ -36,6 +36,7 @@ class Site:
         roles: what it is in its attention or MLP block, for methods that ask (``Method.roles_from``).
         operator: what the layer does with the weight.
         tied: names of the layers that share the weight and are adapted with it.
+        avoid: flat positions row * I + column, ascending, that no support may hold; None: there are none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Site:
     roles: tuple[Role, ...] = ()
     operator: Operator = LINEAR
     tied: tuple[str, ...] = ()
+    avoid: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:

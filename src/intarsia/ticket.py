@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from intarsia import chain
 from intarsia.bases import packing_of
 from intarsia.calibrate import Mapped, only_requiring_grad
+from intarsia.disjoint import Avoid
 from intarsia.edits import Sparse
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
@@ -42,6 +43,7 @@ def lottery(
     *,
     name: str = "default",
     exclude: str | Iterable[str] = (),
+    avoid: Avoid = (),
     iterations: int = 1,
     seed: int = 0,
 ) -> None:
@@ -52,6 +54,7 @@ def lottery(
         train: called with the model; trains all parameters with ``requires_grad``, and no others, with an optimizer of its own.
             They are the targeted weights; between two iterations, the adapter. It may return the trained weights in float32 by
             the name of their layer: a bfloat16 weight does not show small movements.
+        avoid: as for :func:`intarsia.attach`; the dense training moves all entries.
         iterations: how many times a part of the support is chosen, each on what the parts before have learned.
 
     Raises:
@@ -67,7 +70,9 @@ def lottery(
         )
     if iterations < 1:
         raise IntarsiaError(f"iterations={iterations} must be 1 or more")
-    weights = {site: model.get_parameter(f"{site}.weight") for site in plan_sites(model, method, targets, exclude)}
+    weights = {
+        site: model.get_parameter(f"{site}.weight") for site in plan_sites(model, method, targets, exclude, avoid)
+    }
     packed = {site: packing_of(w).name(w) for site, w in weights.items() if not packing_of(w).in_place}
     if packed:
         site, stored = next(iter(packed.items()))
@@ -80,7 +85,7 @@ def lottery(
             with _moved(model, weights, learned, train) as moved:
                 given = {site: {"movement": tensor} for site, tensor in moved.items()}
                 part = _part(method, number / iterations)
-                attach(model, part, targets, name=name, exclude=exclude, seed=seed, gathered=given)
+                attach(model, part, targets, name=name, exclude=exclude, avoid=avoid, seed=seed, gathered=given)
             _give(model, name, learned)
             if number < iterations:
                 train(model)

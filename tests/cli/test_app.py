@@ -41,15 +41,23 @@ SURFACE = {
     ),
     "show": (
         ["adapter"],
-        ["--model", "--spectrum", "--plot", "--html", "--intruders", "--top", "--epsilon", "--side", "--json"],
+        ["--model", "--spectrum", "--plot", "--html", "--intruders", "--top", "--epsilon", "--side", "--sizes", "--json"],
     ),
     "merge": (
         ["config", "overrides"],
-        ["--dry-run", "--schema", "--overwrite", "--report", "--data", "--other", "--rows", "--plot", "--json"],
+        [
+            *("--dry-run", "--schema", "--overwrite", "--report", "--data", "--other", "--rows", "--plot"),
+            *("--search", "--trials", "--objective", "--restart", "--json"),
+        ],
     ),
     "repair": (
         ["adapter", "output"],
         ["--model", "--lambda", "--top", "--epsilon", "--side", "--rank", "--overwrite", "--json"],
+    ),
+    "compress": (
+        ["adapter", "output"],
+        ["--to", "--density", "--alpha", "--bits", "--rank", "--budget", "--search", "--balanced", "--masks", "--data", "--model", "--format",
+         "--rows", "--max-length", "--batch-size", "--overwrite", "--json"],
     ),
     "convert": (
         ["source", "output"],
@@ -116,7 +124,7 @@ def test_version(intarsia):
         (["trainn"], "no command 'trainn'; did you mean 'train'"),
         (
             ["xyz"],
-            "no command 'xyz'; known: bench, chat, check, convert, demo, eval, merge, methods, registry, repair, show, train",
+            "no command 'xyz'; known: bench, chat, check, compress, convert, demo, eval, merge, methods, registry, repair, show, train",
         ),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),

@@ -113,7 +113,7 @@ def test_the_schema(intarsia):
         (["{config}", "output={spells}"], "is one of the adapters that are merged"),
         (["{config}", "output={base}", "--overwrite"], "is not an adapter, so it is not overwritten"),
         (["{config}", "adapters=[nobody@3]"], "nobody@3: there is no such folder, and in the registry"),
-        (["{config}", "--dry-rn"], "no option --dry-rn; did you mean --dry-run?"),
+        (["{config}", "--dry-rn"], "no option --dry-rn; did you mean --dry-run"),
     ],
 )
 def test_mistakes_are_one_message_and_nothing_is_written(intarsia, world, config, tmp_path, words, said):

@@ -135,7 +135,7 @@ def test_mistakes_are_one_message_and_nothing_is_written(intarsia, world, config
     file, rows = config("spells", "counts"), world.rows
     for words, said in {
         ("--data", f"spelz={rows}"): "data is given for 'spelz', and no adapter has that name; did you mean 'spells'?",
-        ("--data", str(rows)): "expected NAME=FILE, rows of what the adapter NAME was trained for",
+        ("--data", str(rows)): "expected NAME=FILE, rows of the skill that the adapter NAME was trained for",
         ("--data", "spells="): "expected NAME=FILE",
         ("--data", f"spells={rows}", "--data", f"spells={rows}"): "--data: spells is given twice",
         ("--data", "spells=nowhere.jsonl"): "no data file nowhere.jsonl",

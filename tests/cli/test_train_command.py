@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import intarsia as ia
+from intarsia.edits import overlap
 from intarsia.train import trainer
 
 
@@ -112,3 +113,35 @@ def test_restart_is_passed_on(intarsia, config, monkeypatch):
     assert intarsia("train", config).code == 130
     assert intarsia("train", config, "--restart").err == "interrupted\n"
     assert heard == ["auto", "never"]
+
+
+def test_adapters_to_avoid_are_folders_or_versions(intarsia, config, world, tmp_path, monkeypatch):
+    monkeypatch.delenv("INTARSIA_REGISTRY", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    intarsia("registry", "add", world.adapters["spells"])
+    for number, given in enumerate((world.adapters["spells"], "spells@latest")):
+        output = tmp_path / str(number)
+        report = intarsia("train", config, f"avoid={given}", f"output={output}", "train.snapshots=1", "--json").json
+        assert report["snapshots"] == [str(output / "snapshots/step-000002")]
+        first, second = ia.read(world.adapters["spells"]), ia.read(output)
+        assert second.about["avoid"] == [{"name": first.name, "digest": first.digest}]
+        assert [overlap(first.edits[weight], edit) for weight, edit in second.edits.items()] == [0] * len(second.edits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["avoid=spells@9"], "spells@9: there is no such folder"),
+        (["avoid=[nowhere, nothing]"], "avoid: nothing does not exist"),
+        (["avoid=3"], "avoid: expected list"),
+        (["aviod=x"], "unknown key 'aviod'; did you mean 'avoid'"),
+        (["train.snapshots=9"], "ask for 1 at most"),
+        (["train.snapshots=-1"], "train.snapshots: expected greater than or equal to 0"),
+    ],
+)
+def test_what_cannot_be_avoided_or_kept_is_one_message(intarsia, config, tmp_path, changes, said):
+    before = sorted(tmp_path.rglob("*"))
+    ended = intarsia("train", config, *changes)
+    assert ended.code == 2
+    assert said in ended.err
+    assert sorted(tmp_path.rglob("*")) == before

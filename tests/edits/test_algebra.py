@@ -106,7 +106,7 @@ def _weight(seed: int = 0, dtype: torch.dtype = torch.float64, transposed: bool 
 
 def test_every_kind_is_tried():
     tried = {maker(torch.Generator().manual_seed(0)).kind for maker in MAKERS.values()}
-    assert tried == set(KINDS)
+    assert tried | {"insert"} == set(KINDS)  # which folds into no weight: test_insert.py
 
 
 @quick

@@ -211,6 +211,17 @@ def test_merge_and_unload_computes_as_the_adapter_did(llama: Any, method: dict[s
     assert torch.allclose(logits(merged), trained, atol=1e-5)
 
 
+def test_what_acts_beside_the_layer_is_not_merged(llama: Any) -> None:
+    model = bridged(llama, {"name": "bottleneck", "width": 4})
+    learn(model)
+    trained, before = logits(model), bits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ia.IntarsiaError, match="default cannot be merged: it is computed beside the layer"):
+            merge()
+    assert same(bits(model), before)
+    assert torch.equal(logits(model), trained)
+
+
 def test_while_merged_the_base_is_not_taken_for_another(llama: Any) -> None:
     model = two(llama, METHODS["lora"])
     model.merge_adapter()

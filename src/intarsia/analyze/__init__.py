@@ -42,9 +42,9 @@ from intarsia.analyze.spectrum import (
 )
 
 __all__ = [
-    "SVD", "Direction", "Group", "HeadNorms", "Heat", "Interference", "Intruders", "Matching", "NormReport", "Pair",
-    "Repaired", "Rounding", "ScoreBound", "Spectrum", "Summand", "WeightChange", "adapter_intruders", "assignment",
-    "awom", "awor", "barrier", "between", "change_norm", "change_of", "check_factor", "check_picture",
+    "Direction", "Group", "HeadNorms", "Heat", "Interference", "Intruders", "Matching", "NormReport", "Pair",
+    "Repaired", "Rounding", "ScoreBound", "Spectrum", "Summand", "SVD", "WeightChange", "adapter_intruders",
+    "assignment", "awom", "awor", "barrier", "between", "change_norm", "change_of", "check_factor", "check_picture",
     "check_settings", "effective_rank", "energy_share", "group", "heat", "hidden_states", "input_norms",
     "interference", "interference_picture", "intruder_heat", "intruders", "invisible_share", "layer_of",
     "matrix_entropy", "matrix_nuclear_norm", "module_of", "needs_weight", "norm_report", "numerical_rank", "permuted",

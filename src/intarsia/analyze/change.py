@@ -94,7 +94,7 @@ def _exact(edit: Edit, weight: Tensor, wide: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What the adapter does to one weight. Numbers that need the base's weight are None without it."""
+    """What the adapter does to one weight, or beside its layer. Numbers that need the base's weight are None without it."""
 
     name: str
     module: str  # the last part of the layer's name: q_proj
@@ -106,6 +106,8 @@ class WeightChange:
     norm: float | None
     weight_norm: float | None
     rounding: Rounding | None
+    changes_weight: bool = True  # False where all of it is inserted beside the layer; then there is no norm
+    multiplications: int = 0  # for every token, by what is inserted
 
     @property
     def relative(self) -> float | None:
@@ -132,6 +134,7 @@ class Group:
     relative: float | None
     invisible_share: float | None  # of the changed entries
     rounding_error: float | None  # ||lost|| / ||change||
+    multiplications: int = 0  # for every token, by what is inserted beside the layers
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -147,12 +150,13 @@ def group(changes: Sequence[WeightChange], by: Callable[[WeightChange], object])
 
 
 def _sum(name: str, of: Sequence[WeightChange]) -> Group:
-    norms = [c.norm for c in of if c.norm is not None]
-    sizes = [c.weight_norm for c in of if c.weight_norm is not None]
-    lost = [c.rounding for c in of if c.rounding is not None]
-    norm = math.hypot(*norms) if len(norms) == len(of) else None
-    size = math.hypot(*sizes) if len(sizes) == len(of) else None
-    whole = len(lost) == len(of)
+    weights = [c for c in of if c.changes_weight]
+    norms = [c.norm for c in weights if c.norm is not None]
+    sizes = [c.weight_norm for c in weights if c.weight_norm is not None]
+    lost = [c.rounding for c in weights if c.rounding is not None]
+    norm = math.hypot(*norms) if weights and len(norms) == len(weights) else None
+    size = math.hypot(*sizes) if weights and len(sizes) == len(weights) else None
+    whole = bool(weights) and len(lost) == len(weights)
     errors = math.hypot(*(r.error * n for r, n in zip(lost, norms, strict=True))) if whole else 0.0
     changed = sum(r.changed for r in lost)
     return Group(
@@ -167,6 +171,7 @@ def _sum(name: str, of: Sequence[WeightChange]) -> Group:
         relative=norm / size if norm is not None and size else None,
         invisible_share=(sum(r.invisible for r in lost) / changed if changed else 0.0) if whole else None,
         rounding_error=(errors / norm if norm else 0.0) if whole else None,
+        multiplications=sum(c.multiplications for c in of),
     )
 
 
@@ -218,7 +223,8 @@ def base_weight(weights: Mapping[str, Tensor], name: str, edit: Edit) -> Tensor:
 
 
 def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange:
-    norm = None if weight is None and needs_weight(edit) else change_norm(edit, weight)
+    within = edit.in_weight()
+    known = within is not None and not (weight is None and needs_weight(within))
     return WeightChange(
         name=name,
         module=module_of(name),
@@ -227,9 +233,11 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
         shape=edit.shape,
         touched=edit.touched,
         bytes=edit.bytes,
-        norm=norm,
+        norm=change_norm(within, weight) if within is not None and known else None,
         weight_norm=None if weight is None else float(weight.double().norm()),
-        rounding=None if weight is None else rounding(edit, weight, name),
+        rounding=None if weight is None or within is None else rounding(within, weight, name),
+        changes_weight=within is not None,
+        multiplications=sum(one.inserted.multiplications for _, one in edit.inserts()),
     )
 
 
@@ -253,10 +261,16 @@ def spectra(
     weights: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> list[Spectrum]:
-    """The spectra of what an adapter adds to these weights."""
+    """The spectra of what an adapter adds to these weights.
+
+    Raises:
+        IntarsiaError: for a weight that it does not change, only inserts something beside.
+    """
     found = []
     for done, name in enumerate(names, 1):
-        edit = adapter.edits[name]
+        edit = adapter.edits[name].in_weight()
+        if edit is None:
+            raise IntarsiaError(f"{name}: what is inserted beside a layer changes no weight, so it has no spectrum")
         s = spectrum(edit, None if weights is None else base_weight(weights, name, edit))
         shares = {k: energy_share(s, k) for k in TOP if k <= len(s)}
         ranks = effective_rank(s), stable_rank(s), numerical_rank(s), rankme(s)

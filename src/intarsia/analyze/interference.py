@@ -192,7 +192,9 @@ def _change(
     share = 1.0 if shares is None else shares(name, weight) if callable(shares) else shares.get(name, 1.0)
     if not share:  # it takes no part here
         return None
-    edit = adapter.edits[weight]
+    edit = adapter.edits[weight].in_weight()
+    if edit is None:  # what acts beside the layer meets nothing in the weight
+        return None
     try:
         return reduced(edit, weights[weight] if weights is not None and edit.needs_weight else None, share)
     except IntarsiaError as error:

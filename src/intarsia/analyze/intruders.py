@@ -229,12 +229,16 @@ def adapter_intruders(
         IntarsiaError: for settings out of range, and weights that are missing, of another shape, or not finite.
     """
     check_settings(top, epsilon, side, degenerate)
-    needed = {name: base_weight(weights, name, edit) for name, edit in adapter.outlines.items()}
+    needed = {
+        name: base_weight(weights, name, edit)
+        for name, edit in adapter.outlines.items()
+        if edit.in_weight() is not None  # what acts beside its layer has no directions in the weight
+    }
     found = []
     for done, (name, weight) in enumerate(needed.items(), 1):
         one = intruders(
             weight,
-            adapter.edits[name],
+            adapter.edits[name].in_weight() or adapter.edits[name],
             top=top,
             epsilon=epsilon,
             side=side,

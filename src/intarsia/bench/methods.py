@@ -181,7 +181,8 @@ class _Bench:
         """Mean effective rank of what the run changed, over some of the weights."""
         edits = store.read(output).edits
         weights = {n: self.base.model.get_parameter(n).detach().cpu() for n in edits}
-        names = [n for n in edits if not needs_weight(edits[n]) or weights[n].shape == edits[n].shape]
+        names = [n for n in edits if not edits[n].inserts()]  # which have no rank
+        names = [n for n in names if not needs_weight(edits[n]) or weights[n].shape == edits[n].shape]
         names = names[:: max(1, len(names) // RANKED)][:RANKED]
         ranks = [effective_rank(spectrum(edits[n], weights[n] if needs_weight(edits[n]) else None)) for n in names]
         return sum(ranks) / len(ranks) if ranks else None

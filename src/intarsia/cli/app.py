@@ -13,6 +13,7 @@ from intarsia._version import __version__
 from intarsia.cli import bench, registry, terminal
 from intarsia.cli.chat import chat
 from intarsia.cli.check import check
+from intarsia.cli.compress import compress
 from intarsia.cli.convert import convert
 from intarsia.cli.demo import demo
 from intarsia.cli.evaluate import evaluate
@@ -131,6 +132,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "show": show,
     "merge": merge,
     "repair": repair,
+    "compress": compress,
     "convert": convert,
     "methods": methods,
     "check": check,

@@ -155,8 +155,10 @@ class Session:
         from intarsia.train.progress import size
 
         adapter = self.deck[name]
-        method, share = adapter.method.get("name", "?"), adapter.touched / adapter.size
-        return f"{method}, {share:.2%} of {len(adapter.edits)} weights, {size(adapter.bytes)}"
+        method, share, beside = adapter.method.get("name", "?"), adapter.touched / adapter.size, len(adapter.inserts)
+        what = [f"{share:.2%} of {len(adapter.edits)} weights"] if adapter.touched or not beside else []
+        what += [f"inserts beside {beside} layers"] if beside else []
+        return f"{method}, {', '.join(what)}, {size(adapter.bytes)}"
 
     def _wide(self) -> int:
         return max(map(len, self.deck.names), default=0)

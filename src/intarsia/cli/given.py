@@ -51,6 +51,21 @@ def read_adapters(given: Iterable[str]) -> dict[str, Adapter]:
     return found
 
 
+def named_files(option: str, given: Iterable[str]) -> dict[str, str]:
+    """NAME=FILE, several times: rows of the skill of the adapter of that name. Raises IntarsiaError where it is not that."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, sign, file = text.partition("=")
+        if not sign or not name or not file:
+            raise IntarsiaError(
+                f"{option} {text}: expected NAME=FILE, rows of the skill that the adapter NAME was trained for"
+            )
+        if name in found:
+            raise IntarsiaError(f"{option}: {name} is given twice")
+        found[name] = file
+    return found
+
+
 def base_of(adapters: Mapping[str, Adapter], model: str | None) -> str:
     """The model to load: the one that was named, else the one that all adapters say they were made on."""
     bases = {name: adapter.base.digest for name, adapter in adapters.items()}
@@ -72,15 +87,19 @@ def load_model(
 ) -> Pretrained:
     """Load a model, on the GPU where there is one. ``named=False``: the name comes from an adapter's file.
 
-    ``dtype``: ``auto`` for that of the model's file.
+    ``dtype``: the type of the base that an adapter says it was made on, such as ``float32`` or ``nf4``; by default the file's.
     """
     import torch
 
     from intarsia import pretrained
+    from intarsia.bases import LOAD_IN
 
     try:
-        device = "cuda" if torch.cuda.is_available() else None
-        return pretrained.load(name, dtype=dtype, device=device, progress=progress.say)
+        packed = dtype in LOAD_IN
+        return pretrained.load(
+            name, dtype="auto" if packed else dtype, load_in=dtype if packed else None,
+            device="cuda" if torch.cuda.is_available() else None, progress=progress.say,
+        )  # fmt: skip
     except IntarsiaError as error:
         if named:
             raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intarsia.cli import reporting, terminal
+from intarsia.cli import reporting, searching, terminal
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from intarsia.cli.reporting import Asked
     from intarsia.merge import Plan, Recipe
+    from intarsia.merge.search_config import SearchConfig
     from intarsia.pretrained import Pretrained
     from intarsia.store import Adapter
     from intarsia.train.progress import Progress
@@ -51,6 +52,19 @@ def merge(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the report: FILE.png; what is kept: FILE-retained.png.")
     ] = None,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--search",
+            metavar="NAME=FILE",
+            help="Find the weights, on rows of each adapter's skill: once for every adapter.",
+        ),
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Points to measure in a search; 60.")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="Of the skills' retained shares in a search: worst, mean.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin a search anew that was interrupted.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Make one adapter of several: a folder as any other, with what it was made of in it."""
@@ -63,9 +77,18 @@ def merge(
         raise IntarsiaError("a config file is needed: intarsia merge CONFIG.yaml (--schema prints what it may hold)")
     recipe = load_recipe(config, [*(overrides or []), *(["overwrite=true"] if overwrite else [])])
     output = _output(recipe)
+    found = searching.wanted(recipe, search or [], trials, objective, restart)
     ready = settle(recipe.open(), recipe.wanted())
     asked = reporting.asked(ready, report, data or [], other or [], rows, plot)
-    return _merge(ready, recipe, output, asked, dry_run, json)
+    if found is None:
+        return _merge(ready, recipe, output, asked, dry_run, json)
+    if asked.measures:
+        raise IntarsiaError(
+            "a search measures what is kept by itself, on rows that it did not search on; leave out --data and --other, or "
+            f"measure afterwards: intarsia eval {output} --data FILE"
+        )
+    searching.check(ready, found)
+    return _search(ready, recipe, found, output, asked, dry_run, restart, json)
 
 
 def _output(recipe: Recipe) -> Path:
@@ -86,9 +109,10 @@ def _output(recipe: Recipe) -> Path:
 
 def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: bool, json: bool) -> None:
     from intarsia import store
-    from intarsia.merge import made
+    from intarsia.merge import check_kinds, made
 
     with terminal.progress() as progress:
+        check_kinds(ready, recipe.model is not None or asked.measures)
         loaded = reporting.model_of(ready, recipe, progress) if asked.measures and not dry_run else None
         tasks = None if loaded is None else reporting.tasks_of(asked, loaded, progress)
         base = _base_weights(ready, recipe, loaded, progress)
@@ -117,6 +141,32 @@ def _merge(ready: Plan, recipe: Recipe, output: Path, asked: Asked, dry_run: boo
     if kept is not None:
         reporting.print_after(kept)
     return None
+
+
+def _search(
+    ready: Plan,
+    recipe: Recipe,
+    found: SearchConfig,
+    output: Path,
+    asked: Asked,
+    dry_run: bool,
+    restart: bool,
+    json: bool,
+) -> None:
+    with terminal.progress() as progress:
+        before = reporting.before(ready, asked, None, progress)
+    report = {} if before is None else {"interference": before.to_dict()}
+
+    def tell() -> None:
+        _print_plan(ready)
+        if before is not None:
+            reporting.print_before(before)
+
+    if not dry_run:
+        return searching.run(ready, recipe, found, output, restart, report if json else None, tell)
+    if json:
+        return terminal.print_json(_plain(ready, output) | report | {"search": searching.described(found, ready)})
+    return tell()
 
 
 def _base_weights(

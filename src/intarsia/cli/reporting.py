@@ -60,7 +60,7 @@ def asked(
         raise IntarsiaError(
             "--other measures what was forgotten beside the skills; give their rows too: --data NAME=FILE"
         )
-    skills = _skills(data)
+    skills = {name: Path(file) for name, file in given.named_files("--data", data).items()}
     others = _others(other, skills)
     if skills:
         check_names(ready.adapters, skills, [*skills, *others])
@@ -68,18 +68,6 @@ def asked(
     if missing := [str(path) for path in files if not path.is_file()]:
         raise IntarsiaError(f"no data file {', '.join(missing)}")
     return Asked(report, skills, others, rows, plot)
-
-
-def _skills(data: Sequence[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for text in data:
-        name, sign, file = text.partition("=")
-        if not sign or not name or not file:
-            raise IntarsiaError(f"--data {text}: expected NAME=FILE, rows of what the adapter NAME was trained for")
-        if name in found:
-            raise IntarsiaError(f"--data: {name} is given twice")
-        found[name] = Path(file)
-    return found
 
 
 def _others(files: Sequence[Path], skills: Mapping[str, Path]) -> dict[str, Path]:

@@ -10,13 +10,16 @@ import typer
 
 from intarsia.cli import directions, given, terminal
 from intarsia.cli.directions import Epsilon, Side, Top
+from intarsia.cli.sizes import print_sizes
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from intarsia.analyze import Group, Intruders, Spectrum, WeightChange
+    from intarsia.compress import Size
     from intarsia.store import Adapter
+    from intarsia.train.progress import Progress
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -43,6 +46,9 @@ def show(
     top: Top = 10,
     epsilon: Epsilon = 0.5,
     side: Side = "left",
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="What it would take in every coding and compression, written and measured.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What an adapter changes, by how much, and of which rank; its method, sizes, digest and base."""
@@ -63,23 +69,37 @@ def show(
             looked = analyze.adapter_intruders(
                 found, weights, top=top, epsilon=epsilon, side=side, progress=progress.work
             )  # fmt: skip
+        measured = _sizes(found, progress) if sizes else []
+    changed = [change for change in changes if change.changes_weight]
+    if plot is not None and not changed:
+        raise IntarsiaError("--plot draws what an adapter changes of weights, and this one only acts beside layers")
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if plot is not None:
         title = f"{found.name}: {found.method.get('name', '?')}"
-        analyze.picture(changes, spectra, plot, title, looked, epsilon)
+        analyze.picture(changed, spectra, plot, title, looked, epsilon)
     if html is not None:
-        write(analyze.report(found, changes, spectra, looked, epsilon=epsilon, file_bytes=sum(files.values())), html)
+        write(analyze.report(found, changed, spectra, looked, epsilon=epsilon, file_bytes=sum(files.values())), html)
     if json:
-        more = {"intruders": directions.counts(looked, top, epsilon, side)} if intruders else {}
+        more: dict[str, Any] = {"intruders": directions.counts(looked, top, epsilon, side)} if intruders else {}
+        more |= {"sizes": [size.to_dict() for size in measured]} if sizes else {}
         return terminal.print_json(_plain(found, folder, files, changes, spectra) | more)
     _print(found, folder, files, changes, spectra, model)
     if intruders:
         terminal.output().print()
         directions.print_table(looked, top, epsilon, side)
+    if sizes:
+        terminal.output().print()
+        print_sizes(terminal.output(), measured)
     for what, file in (("picture", plot), ("page", html)):
         if file is not None:
             terminal.output().print(f"\n{what}  {file}", markup=False)
     return None
+
+
+def _sizes(adapter: Adapter, progress: Progress) -> list[Size]:
+    from intarsia.compress import sizes
+
+    return sizes(adapter, progress.work)
 
 
 def _check(adapter: Adapter, model: str | None, plot: Path | None, html: Path | None, intruders: bool) -> None:
@@ -101,7 +121,11 @@ def _most_changed(adapter: Adapter, changes: Sequence[WeightChange], count: int,
     """The weights with the largest change, largest first; those whose change cannot be known left out."""
     from intarsia import analyze
 
-    known = [c for c in changes if c.norm is not None and (based or not analyze.needs_weight(adapter.edits[c.name]))]
+    def needs_weight(name: str) -> bool:
+        within = adapter.edits[name].in_weight()
+        return within is not None and analyze.needs_weight(within)
+
+    known = [c for c in changes if c.norm is not None and (based or not needs_weight(c.name))]
     return [c.name for c in sorted(known, key=lambda c: -(c.norm or 0.0))[:count]]
 
 
@@ -131,6 +155,7 @@ def _plain(
         "share": adapter.touched / adapter.size,
         "norm": whole.norm,
         "relative": whole.relative,
+        "multiplications": whole.multiplications,
         "invisible_share": whole.invisible_share,
         "rounding_error": whole.rounding_error,
         "modules": [g.to_dict() for g in group(changes, lambda c: c.module)],
@@ -183,6 +208,13 @@ def _print_facts(
         "sha256": adapter.digest,
         "invisible": _invisible(adapter, whole, model),
     }
+    if adapter.inserts:
+        kinds = ", ".join(dict.fromkeys(one.inserted.what for many in adapter.inserts.values() for one in many))
+        shown["inserts"] = (
+            f"{kinds} beside {len(adapter.inserts)} layers, {adapter.multiplications:,} multiplications for every token"
+        )
+    if whole.touched == 0 and adapter.inserts:
+        del shown["changes"], shown["invisible"]
     shown |= {f"made of {name}": _short(adapter.about["merged"][name]) for name in adapter.made_of}
     shown |= {str(k): _short(v) for k, v in adapter.about.items() if k != "merged"}
     shown |= {str(k): _short(v) for k, v in adapter.note.items()}
@@ -225,10 +257,14 @@ def _print_modules(out: Console, groups: Sequence[Group], based: bool) -> None:
     for g in groups:
         shapes = " or ".join(f"{rows} x {columns}" for rows, columns in g.shapes[:2])
         row = [g.name, str(g.weights), shapes + (" ..." if len(g.shapes) > 2 else ""), f"{g.touched:,}"]
-        row += [f"{g.touched / g.size:.2%}", "needs --model" if g.norm is None else f"{g.norm:.4g}"]
+        row += [f"{g.touched / g.size:.2%}", _unknown(g) if g.norm is None else f"{g.norm:.4g}"]
         row += [_percent(g.relative), _percent(g.invisible_share)] if based else []
         table.add_row(*row, ", ".join(g.edits))
     out.print(table)
+
+
+def _unknown(group: Group) -> str:
+    return "beside the layer" if group.multiplications and not group.touched else "needs --model"
 
 
 def _percent(share: float | None) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from intarsia.cli import terminal
+from intarsia.cli.given import adapter_folder
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def train(
     changes += ["overwrite=true"] if overwrite else []
     changes += ["data.skip_bad_rows=true"] if skip_bad_rows else []
     wanted = load_config(config, changes)
+    wanted = wanted.model_copy(update={"avoid": [str(adapter_folder(text)) for text in wanted.avoid]})
     if show_batch:
         return _show_batch(wanted, json)
     if dry_run:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from intarsia import model as attached
 from intarsia import store
 from intarsia.bases import packing_of
+from intarsia.deck import inserts
 from intarsia.deck import plan as plans
 from intarsia.deck import writer as writers
 from intarsia.deck.plan import Plan, Shares
 from intarsia.deck.shelf import Shelf
-from intarsia.deck.status import Status, kept_of
+from intarsia.deck.status import Status, beside_of, kept_of
 from intarsia.deck.weights import Weights
-from intarsia.edits import Edit, place
+from intarsia.edits import Edit, Insert, place
 from intarsia.errors import IntarsiaError, nearest
 
 LEAST_MEMORY = 64 * 2**20
@@ -67,6 +68,7 @@ class Deck:
                 "detach it, so that the deck starts from the base"
             )
         attached.check_unoccupied(model)
+        inserts.check_none(model)
         if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 0):
             raise IntarsiaError(f"memory={memory!r}; expected a number of bytes, 0 or more")
         self.model = model
@@ -169,11 +171,14 @@ class Deck:
 
     # ------------------------------------------------------------------ switching
     def use(self, name: str, strength: float = 1.0) -> None:
-        """Set in one adapter alone: W' = W + strength * (edit(W) - W)."""
+        """Set in one adapter alone: W' = W + strength * (edit(W) - W); what it has of inserts acts beside the layers, times this."""
         self._switch({name: 1.0}, strength, name)
 
     def fuse(self, weights: Mapping[str, float] | None = None, /, **named: float) -> None:
-        """Set in the weighted sum of adapters: W' = W + sum_i w_i (edit_i(W) - W), exact on the union of sparse supports."""
+        """Set in the weighted sum of adapters: W' = W + sum_i w_i (edit_i(W) - W), exact on the union of sparse supports.
+
+        Inserts of several at one layer all act, each on the layer's own input and output: y' = y + sum_i w_i g_i(x, y).
+        """
         total = dict(weights or {}) | named
         if not total:
             raise IntarsiaError("fuse() was given no adapters; say for example deck.fuse(pirate=0.6, json=0.4)")
@@ -221,6 +226,7 @@ class Deck:
                 active=dict(inside.plan.shares),
                 strength=inside.strength,
                 weights=kept_of(inside.plan),
+                inserts=beside_of(inside.plan),
                 kept_bytes=inside.plan.kept_bytes,
                 memory=shelf.memory,
                 plan_bytes=shelf.bytes,
@@ -230,7 +236,7 @@ class Deck:
             )
 
     def _check_plain(self, name: str, adapter: store.Adapter) -> None:
-        packed = {w: packing_of(self._weights[w]) for w in adapter.outlines}
+        packed = {w: packing_of(self._weights[w]) for w, e in adapter.outlines.items() if e.in_weight() is not None}
         packed = {w: packing for w, packing in packed.items() if not packing.in_place}
         if packed:
             first, packing = next(iter(packed.items()))
@@ -294,12 +300,14 @@ class Deck:
             for name, bits in whole.items():
                 matrix(name).copy_(bits)
             self._writer.write(prepared, self._weights)
+            inserts.exchange(old.plan.inserts, new.inserts, self._weights.layer)
             if not new.shares:
                 self._occupy(())
             self._weights.wrote(touched)
         except BaseException:
             plans.restore((new, old.plan), matrix)
             plans.renew(old.plan, matrix, before)
+            inserts.exchange(new.inserts, old.plan.inserts, self._weights.layer)
             self._occupy(old.plan.shares)
             self._weights.wrote(touched)
             self._inside = old
@@ -313,6 +321,8 @@ class Deck:
         """Back to the base, after a switch and its undoing both failed."""
         if self._inside.torn:
             plans.restore(self._inside.torn, self._weights.matrix)
+            for plan in self._inside.torn:
+                inserts.exchange(plan.inserts, {}, self._weights.layer)
             self._occupy(())
             self._weights.wrote({name for plan in self._inside.torn for name in plan.weights})
             self._inside = BASE
@@ -342,11 +352,16 @@ class Deck:
         plan: Plan | None = self._shelf.get(key)
         if plan is None:
             terms: dict[str, list[tuple[float, Edit]]] = {}
+            beside: dict[str, list[tuple[float, Insert]]] = {}
             for name, weight in shares:
-                edits = self._adapters[name].edits
-                for target in edits:
-                    terms.setdefault(target, []).append((weight, edits[target]))
-            plan = plans.made(shares, terms, self._base_of(), self._writer.index_dtype, self._writer.keep)
+                for target, edit in self._adapters[name].edits.items():
+                    if (within := edit.in_weight()) is not None:
+                        terms.setdefault(target, []).append((weight, within))
+                    for factor, insert in edit.inserts():
+                        beside.setdefault(target, []).append((weight * factor, insert))
+            base = self._base_of()
+            plan = plans.made(shares, terms, base, self._writer.index_dtype, self._writer.keep)
+            plan = replace(plan, inserts=inserts.prepared(beside, self._weights.layer, base, self._weights.dtype))
             names = frozenset(name for name, _ in shares)
             for name in names:
                 self._keep_numbers(name)
@@ -378,6 +393,9 @@ class Deck:
         def base(name: str) -> Tensor:
             if name in plan.whole:
                 return plan.whole[name].base.to(matrix(name).device)
+            packing = packing_of(self._weights[name])
+            if not packing.in_place:  # nothing is ever set in there
+                return packing.read(self._weights[name], packing.dtype(self._weights[name]))
             W = matrix(name)
             copy = W.clone()
             if name in parts:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from intarsia.deck.inserts import Together
 from intarsia.edits import Runs, check_finite, gathered, put, summed
 from intarsia.edits.placement import Terms
 
@@ -43,12 +44,13 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is set in with these shares. ``bits[i]`` belong to ``where[i]``."""
+    """What is set in with these shares. ``bits[i]`` belong to ``where[i]``; ``inserts`` act beside the layers of weights."""
 
     shares: Shares = ()
     where: tuple[Where, ...] = ()
     bits: tuple[Tensor, ...] = ()
     whole: Mapping[str, Whole] = field(default_factory=dict)
+    inserts: Mapping[str, Together] = field(default_factory=dict)
 
     @property
     def weights(self) -> list[str]:
@@ -62,7 +64,10 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Bytes of all of it."""
-        return self.kept_bytes + sum(size_of(where.index) for where in self.where) + sum(map(size_of, self.bits))
+        beside = sum(together.bytes for together in self.inserts.values())
+        return (
+            self.kept_bytes + sum(size_of(where.index) for where in self.where) + sum(map(size_of, self.bits)) + beside
+        )
 
     def moved(self, like: Callable[[str], Tensor], index_dtype: IndexDtype, keep: Keep) -> Plan:
         """The same plan for weights of another device or dtype: a copy of bits in another dtype is what the weights' own are."""
@@ -78,7 +83,7 @@ class Plan:
             )
             for n, w in self.whole.items()
         }
-        return Plan(self.shares, tuple(where), tuple(bits), whole)
+        return Plan(self.shares, tuple(where), tuple(bits), whole, self.inserts)
 
 
 def size_of(tensor: Tensor) -> int:

@@ -23,6 +23,14 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Inserted:
+    """What acts beside a layer: the ``kinds`` of functions, and what they cost: ``multiplications`` of numbers for every token."""
+
+    kinds: tuple[str, ...]
+    multiplications: int
+
+
+@dataclass(frozen=True)
 class Status:
     """A deck at one moment.
 
@@ -30,6 +38,7 @@ class Status:
         active: adapter -> weight, empty for the base.
         strength: what the weights given to use() or fuse() have been multiplied by; see ``strength()``.
         weights: what is touched, and how each weight is kept.
+        inserts: what acts beside the layers of these weights. It costs time at every token, as what is set into weights does not.
         kept_bytes: of the base's bits and copies that taking out needs. They are kept whatever the budget says.
         memory, plan_bytes: the budget for plans and adapters that were read, and what of it is used.
         planned: what can be set in without planning.
@@ -40,6 +49,7 @@ class Status:
     active: Mapping[str, float]
     strength: float
     weights: Mapping[str, Kept]
+    inserts: Mapping[str, Inserted]
     kept_bytes: int
     memory: int
     plan_bytes: int
@@ -56,11 +66,23 @@ class Status:
         hows = [kept.how for kept in self.weights.values()]
         counts = ", ".join(f"{hows.count(how)} by {how}" for how in (BITS, COPY) if how in hows)
         kept = f"; {len(hows)} weights touched, kept {counts}, {self.kept_bytes / 1e6:.1f} MB" if hows else ""
+        beside = sum(one.multiplications for one in self.inserts.values())
+        kept += (
+            f"; inserts beside {len(self.inserts)} layers, {beside:,} multiplications a token" if self.inserts else ""
+        )
         lost = f"; dropped last: {', '.join(self.dropped[-3:])}" if self.dropped else ""
         return (
             f"{what}{kept}; plans {self.plan_bytes / 1e6:.1f} of {self.memory / 1e6:.1f} MB ({len(self.planned)} ready)"
             f"{lost}; written by {self.writer}"
         )
+
+
+def beside_of(plan: Plan) -> dict[str, Inserted]:
+    """What a plan inserts beside the layer of each weight."""
+    return {
+        name: Inserted(tuple(one.inserted.what for one in together.inserts), together.multiplications)
+        for name, together in plan.inserts.items()
+    }
 
 
 def kept_of(plan: Plan) -> dict[str, Kept]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from intarsia.bases import packing_of
@@ -32,6 +33,14 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._owners[name][2]
+
+    def layer(self, name: str) -> nn.Module:
+        """The layer whose weight it is."""
+        return self._owners[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What its layer computes in."""
+        return packing_of(self[name]).dtype(self[name])
 
     @property
     def adaptable(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
+from intarsia.edits.insert import Insert
 from intarsia.edits.kernel import Kernel
 from intarsia.edits.sum import Sum
 from intarsia.errors import IntarsiaError
@@ -22,7 +23,9 @@ from intarsia.errors import IntarsiaError
 
 # ------------------------------------------------------------------ scale
 def scale(edit: Edit, factor: float) -> Edit:
-    """The edit whose change is ``factor`` times this one's, on every weight: W' = W + factor (fold(W) - W).
+    """The edit whose change is ``factor`` times this one's, on every weight: W' = W + factor (fold(W) - W); of an insert,
+
+    y' = y + factor (y' - y).
 
     Raises:
         IntarsiaError: for a factor that is not a finite number.
@@ -51,7 +54,8 @@ def _(edit: Dense, factor: float) -> Edit:
 @_scale.register(LowRank)
 @_scale.register(Kronecker)
 @_scale.register(Kernel)
-def _(edit: LowRank | Kronecker | Kernel, factor: float) -> Edit:
+@_scale.register(Insert)
+def _(edit: LowRank | Kronecker | Kernel | Insert, factor: float) -> Edit:
     return replace(edit, scale=factor * edit.scale)
 
 
@@ -66,6 +70,7 @@ def add(*edits: Edit) -> Edit:
 
     Sparse ones give a sparse one on the union of their supports, exactly: of their own granularity where it is the same,
     else of elements. Low ranks give a low rank, of the ranks together; dense ones a dense one; mixtures a :class:`Sum` of these.
+    Of inserts, each adds to the layer's own output what it adds alone.
 
     Raises:
         IntarsiaError: for none at all, or different shapes.
@@ -152,7 +157,10 @@ def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 # ------------------------------------------------------------------ looking
 def positions(edit: Edit) -> Tensor | None:
     """Flat positions row * I + column that the edit can change, ascending; None for all of them."""
-    parts = edit.sparse_parts()
+    within = edit.in_weight()
+    if within is None:
+        return torch.empty(0, dtype=torch.int64)
+    parts = within.sparse_parts()
     if parts is None:
         return None
     entries = torch.cat([part.granularity.flat(part.shape, part.index).reshape(-1) for part in parts])
@@ -179,7 +187,7 @@ def to_dense(edit: Edit, W: Tensor | None = None, dtype: torch.dtype = torch.flo
     """The whole change, (O, I). ``W``: the weight, which edits with ``needs_weight`` depend on.
 
     Raises:
-        IntarsiaError: where the weight is needed and not given, or has another shape.
+        IntarsiaError: where the weight is needed and not given, or has another shape, and for an insert, which has none.
     """
     if W is None and edit.needs_weight:
         raise IntarsiaError(f"what a {edit.kind} edit changes depends on the weight: to_dense(edit, W)")

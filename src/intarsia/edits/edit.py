@@ -1,7 +1,7 @@
 """Edits: what a finished adapter does to one weight. They know no method.
 
-Every edit is W' = fold(W). Most are additive, W' = W + delta, and their weighted sums are exact on the union of their
-supports. Shapes: O out_features, I in_features, k units, r rank.
+Every edit but the insert is W' = fold(W). Most are additive, W' = W + delta, and their weighted sums are exact on the union of
+their supports. Shapes: O out_features, I in_features, k units, r rank.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
 from intarsia.support import GRANULARITIES, Column, Element, Granularity, Shape, file_index_dtype, named_granularity
+
+if TYPE_CHECKING:
+    from intarsia.edits.insert import Insert
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,14 @@ class Edit(ABC):
     def delta(self, W: Tensor) -> Tensor:
         """fold(W) - W. (O, I) -> (O, I)."""
         return self.fold(W) - W
+
+    def in_weight(self) -> Edit | None:
+        """The part that changes the weight; None where there is none."""
+        return self
+
+    def inserts(self) -> list[tuple[float, Insert]]:
+        """The parts that act beside the layer and fold into no weight, each with its factor."""
+        return []
 
     def sparse_parts(self) -> list[Sparse] | None:
         """Sparse edits that together make the same change, where it is sparse; None where it reaches every entry."""
@@ -229,7 +240,12 @@ class Rescaled(Edit):
             raise IntarsiaError(f"magnitude is {tuple(magnitude.shape)}; expected {(shape[0],)}")
         want_numbers("magnitude", magnitude)
         rest = {k: t for k, t in tensors.items() if k != "magnitude"}
-        return cls(shape, build_edit(inner.get("type"), shape, rest, inner), magnitude)
+        edit = build_edit(inner.get("type"), shape, rest, inner)
+        if edit.inserts():
+            raise IntarsiaError(
+                "the lengths of a rescaled edit are those of a weight, and its inner edit has an insert"
+            )
+        return cls(shape, edit, magnitude)
 
     def supports(self) -> dict[str, int]:
         return self.inner.supports()
@@ -274,6 +290,7 @@ def build_edit(kind: Any, shape: Shape, tensors: Mapping[str, Tensor], facts: Ma
 
 
 def want_tensors(tensors: Mapping[str, Tensor], names: set[str]) -> None:
+    """Raise IntarsiaError where these are not the tensors of a file that are expected."""
     if tensors.keys() != names:
         raise IntarsiaError(
             f"found the tensors {', '.join(sorted(tensors)) or 'none'}; expected {', '.join(sorted(names))}"
@@ -281,6 +298,7 @@ def want_tensors(tensors: Mapping[str, Tensor], names: set[str]) -> None:
 
 
 def want_numbers(name: str, tensor: Tensor) -> None:
+    """Raise IntarsiaError where a tensor of a file holds no floating-point numbers, or some that are not finite."""
     if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise IntarsiaError(f"{name} is {tensor.dtype}; expected floating-point numbers")
     # On the meta device there are no numbers: an edit is built so of what a file says, before its tensors are read.

@@ -139,7 +139,7 @@ def summed(W: Tensor, terms: Terms, wide: torch.dtype) -> Runs | None:
     run = math.gcd(*(runs.run for _, runs in parts))
     cut = [(weight, runs.cut(run)) for weight, runs in parts]
     index = torch.cat([runs.index for _, runs in cut]).unique()
-    total = torch.zeros(len(index), run, dtype=wide, device=index.device)
+    total = torch.full((len(index), run), -0.0, dtype=wide, device=index.device)  # -0.0 + v is v, also where v is -0.0
     for weight, runs in cut:
         total.index_add_(0, torch.searchsorted(index, runs.index), weight * runs.values)
     return Runs(run, index, total)

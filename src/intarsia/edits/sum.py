@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from intarsia.edits.edit import KINDS, Edit, Sparse, build_edit
+from intarsia.edits.insert import Insert
 from intarsia.errors import IntarsiaError
 from intarsia.support import Shape
 
@@ -72,6 +73,18 @@ class Sum(Edit):
                 return None
             found += [one if factor == 1 else replace(one, values=factor * one.values) for one in sparse]
         return found
+
+    def in_weight(self) -> Edit | None:
+        if not self.inserts():
+            return self
+        kept = [
+            (part, c) for one, c in zip(self.parts, self.factors, strict=True) if (part := one.in_weight()) is not None
+        ]
+        return Sum(self.shape, tuple(part for part, _ in kept), tuple(c for _, c in kept)) if kept else None
+
+    def inserts(self) -> list[tuple[float, Insert]]:
+        pairs = zip(self.parts, self.factors, strict=True)
+        return [(factor * inner, insert) for part, factor in pairs for inner, insert in part.inserts()]
 
     @property
     def needs_weight(self) -> bool:

@@ -4,6 +4,7 @@ from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
+from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
 from intarsia.forms.pair import Pair
@@ -18,6 +19,7 @@ __all__ = [
     "Competing",
     "Coupled",
     "Delta",
+    "Insert",
     "Joint",
     "Kernel",
     "Pair",

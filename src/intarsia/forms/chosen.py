@@ -26,6 +26,8 @@ from intarsia.support import (
     Shape,
     allocate,
     choose,
+    free_count,
+    free_units,
     is_scorer,
     named_granularity,
     needs_of,
@@ -113,8 +115,11 @@ class Chosen(Sparse):
         return together if self.chooses_together() else {}
 
     def survey(self, site: Site, start: Start) -> Tensor:
+        """Of the units that may be chosen."""
         unit = self.granularity_at(site.shape)  # root mean squares, so that a unit is not better for being larger
-        return unit.reduce(score(self.scorer, site, start)) / math.sqrt(unit.size(site.shape))
+        scores = unit.reduce(score(self.scorer, site, start)) / math.sqrt(unit.size(site.shape))
+        free = free_units(unit, site)
+        return scores if free is None else scores[free.to(scores.device)]
 
     def settle(
         self, sites: Mapping[str, Site], surveys: Mapping[str, Tensor] | None, seed: int
@@ -127,15 +132,29 @@ class Chosen(Sparse):
             raise IntarsiaError(
                 f"{self.name}: none of the {sum(units.values())} units of {len(sites)} weights would be trained; raise the density"
             )
+        room = {name: free_count(self.granularity_at(site.shape), site) for name, site in sites.items()}
+        if total > sum(room.values()):
+            raise IntarsiaError(
+                f"{self.name}: {total} units of {len(sites)} weights are asked for, and {sum(room.values())} of their "
+                f"{sum(units.values())} are left beside the adapters to avoid; ask for fewer, or avoid fewer adapters"
+            )
         if surveys is None:
-            counts = proportional(units, units, total)
+            counts = proportional(room, room, total)
         else:
-            counts = allocate(self.budget, {name: surveys[name] for name in sites}, total)
+            counts = allocate(self.budget, {name: surveys[name] for name in sites if room[name]}, total)
         return {
-            name: (self._part(sites[name].shape, k), {} if surveys is None else {"index": top(surveys[name], k)})
+            name: (
+                self._part(sites[name].shape, k),
+                {} if surveys is None else {"index": self._best(sites[name], surveys[name], k)},
+            )
             for name, k in counts.items()
             if k
         }
+
+    def _best(self, site: Site, scores: Tensor, count: int) -> Tensor:
+        """The units with the highest scores, which are of those that may be chosen."""
+        best, free = top(scores, count), free_units(self.granularity_at(site.shape), site)
+        return best if free is None else free.nonzero().squeeze(1)[best]
 
     def _part(self, shape: Shape, count: int) -> Part:
         unit = self.granularity_at(shape)
@@ -148,4 +167,19 @@ class Chosen(Sparse):
     def check(self, site: Site) -> str | None:
         if self.chooses_together():
             return f"{site.name}: budget={self.budget!r} is of the whole model, so {self.name} cannot be inside of another method"
-        return super().check(site)
+        return super().check(site) or self._short_row(site)
+
+    def _short_row(self, site: Site) -> str | None:
+        """Which row has too few units left, where each gets as many as any other."""
+        if self.budget != "neuron" or site.avoid is None:
+            return None
+        unit, rows = self.granularity_at(site.shape), site.shape[0]
+        free = free_units(unit, site)
+        assert free is not None
+        left, wanted = free.view(rows, -1).sum(1), self.units(site.shape) // rows
+        if wanted <= int(left.min()):
+            return None
+        return (
+            f"{site.name}: {wanted} {unit.plural} of every row are asked for, and in row {int(left.argmin())} {int(left.min())} are left "
+            "beside the adapters to avoid; ask for fewer, or avoid fewer adapters"
+        )

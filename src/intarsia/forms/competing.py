@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.forms.joint import Joint
 from intarsia.method import Method
 from intarsia.site import Site
-from intarsia.support import Granularity, Shape, top
+from intarsia.support import Granularity, Shape, free_units, top
 
 
 class Competing(Joint):
@@ -58,6 +58,14 @@ class Competing(Joint):
         if not scores.isfinite().all():
             raise IntarsiaError(f"{where}: scores are not finite; check the base and the calibration data")
         count = round(self.density * len(scores))
+        free = self._free([sites[name] for name in pool])
+        if free is not None:
+            scores = scores.masked_fill(~free, -torch.inf)
+            if count > (left := int(free.sum())):
+                raise IntarsiaError(
+                    f"{where}: {count} of the {len(scores)} units are asked for, and {left} are left beside the adapters to avoid; "
+                    "ask for fewer, or avoid fewer adapters"
+                )
         if count < 1:
             unit, (O, I) = self.granularity_at(sites[pool[0]].shape), sites[pool[0]].shape
             raise IntarsiaError(
@@ -65,3 +73,14 @@ class Competing(Joint):
                 "raise the density or lower the width"
             )
         return top(scores, count)
+
+    def _free(self, pool: Sequence[Site]) -> Tensor | None:
+        """Which units of these weights may be chosen; None: all of them."""
+        if all(site.avoid is None for site in pool):
+            return None
+        free = []
+        for site in pool:
+            unit = self.granularity_at(site.shape)
+            here = free_units(unit, site)
+            free.append(torch.ones(unit.units(site.shape), dtype=torch.bool) if here is None else here)
+        return torch.cat(free)

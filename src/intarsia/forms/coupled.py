@@ -46,7 +46,8 @@ class _Block:
 class Coupled(Joint):
     """Subclasses say the share of each part and how a part's units are ranked; ``scope`` is model or block."""
 
-    moves_support = False  # rows and columns of one head or channel go together
+    moves_support = False  # rows and columns of one head or channel go together,
+    avoids = False  # and a unit is free in one weight and taken in another
 
     @abstractmethod
     def portions(self) -> Mapping[str, float]:

@@ -23,6 +23,7 @@ class Pair(Sparse):
     The sparse part is live as it is alone, so that it costs no product of its own; the other one is a branch.
     """
 
+    avoids = False  # the part beside reaches every entry
     moves_support = False  # a gradient taken of W alone would leave the other part out
     kinds = frozenset(KINDS)  # the part beside needs a forward of ours
 

@@ -22,6 +22,7 @@ class Rescale(Method):
 
     # Not where the weight is used both ways round: the rows of the one use are no rows of the other.
     kinds = frozenset(KINDS) - {"tied"}
+    reads_weights_below = True
 
     @abstractmethod
     def inside(self) -> Delta:

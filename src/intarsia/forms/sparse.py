@@ -31,7 +31,7 @@ from intarsia.forms.delta import Delta
 from intarsia.method import Start
 from intarsia.operators import KINDS, STACK, Operator
 from intarsia.site import Site
-from intarsia.support import Column, Granularity, Plan, Row, Shape
+from intarsia.support import Column, Granularity, Plan, Row, Shape, free_count
 
 Read = Callable[[torch.dtype], Tensor]  # of a packed weight: its numbers (O, I), a new tensor each time
 
@@ -40,6 +40,7 @@ class Sparse(Delta):
     """State: ``values`` (trained, zero at the start) and ``index``; with ``start`` where the columns themselves are trained."""
 
     kinds = frozenset((*KINDS, STACK))
+    avoids = True
     moves_support: ClassVar[bool] = True  # whether any unit may be given up for any other (intarsia.regrow)
 
     @abstractmethod
@@ -77,6 +78,11 @@ class Sparse(Delta):
             return f"{site.name}: none of the {most} {what} would be trained; raise the density"
         if units > most:
             return f"{site.name}: {units} {what} are asked for, and there are {most}"
+        if units > (left := free_count(unit, site)):
+            return (
+                f"{site.name}: {units} {what} are asked for, and {left} of its {most} are left beside the adapters to avoid; "
+                "ask for fewer, or avoid fewer adapters"
+            )
         return None
 
     def init(self, site: Site, start: Start) -> dict[str, Tensor]:

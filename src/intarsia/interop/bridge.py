@@ -243,6 +243,10 @@ class LayerAdapters(nn.ModuleDict, BaseTunerLayer):
         if not layer.packing.in_place or layer.shard is not None:
             what = "is sharded over processes" if layer.packing.in_place else "is packed"
             raise IntarsiaError(f"{', '.join(names)} cannot be merged: a weight that {what} cannot be set into")
+        if beside := [name for name in names if not self[name].method.mergeable]:  # type: ignore[union-attr]
+            raise IntarsiaError(
+                f"{', '.join(beside)} cannot be merged: it is computed beside the layer for every token and folds into no weight"
+            )
         chain.set_active(layer, ())
         matrix, before = chain.matrix(layer).detach(), len(self.kept)
         try:

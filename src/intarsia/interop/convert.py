@@ -54,12 +54,16 @@ def _always(edit: Edit) -> str:
     return "exact"
 
 
+def _of_weights(outcome: Callable[[Edit], str]) -> Callable[[Edit], str]:
+    return lambda edit: "refused" if edit.inserts() else outcome(edit)
+
+
 TARGETS: dict[str, Target] = {
-    "peft-lora": Target("a PEFT adapter", peft_lora.write, _or(peft_lora.exact, "--rank"), ("rank",), marks=(peft_folder.CONFIG,)),
-    "peft-shira": Target("a PEFT adapter", peft_shira.write, _or(as_elements, "refused"), marks=(peft_folder.CONFIG,)),
-    "weight-patch": Target("a weight patch", patch.write, _or(as_elements, "--dense"), ("dense",), patch.SUFFIX),
-    "full-model": Target("a model", full_model.write, _always, ("dtype",), marks=(full_model.CONFIG,), whole=True),
-    "gguf": Target("a GGUF model", gguf.write, _always, ("dtype",), gguf.SUFFIX, whole=True),
+    "peft-lora": Target("a PEFT adapter", peft_lora.write, _of_weights(_or(peft_lora.exact, "--rank")), ("rank",), marks=(peft_folder.CONFIG,)),
+    "peft-shira": Target("a PEFT adapter", peft_shira.write, _of_weights(_or(as_elements, "refused")), marks=(peft_folder.CONFIG,)),
+    "weight-patch": Target("a weight patch", patch.write, _of_weights(_or(as_elements, "--dense")), ("dense",), patch.SUFFIX),
+    "full-model": Target("a model", full_model.write, _of_weights(_always), ("dtype",), marks=(full_model.CONFIG,), whole=True),
+    "gguf": Target("a GGUF model", gguf.write, _of_weights(_always), ("dtype",), gguf.SUFFIX, whole=True),
     "intarsia": Target("an adapter", _write_ours, _always, marks=(store.HEAD,), base=False),
 }  # fmt: skip
 
@@ -105,6 +109,8 @@ def convert(
     folder, adapter = (open_peft(path), None) if theirs else (None, store.read(path))
     if adapter is not None and not target.base:
         return target.write(adapter, None, out, overwrite=overwrite, progress=progress)
+    if adapter is not None:
+        peft_folder.check_folds(adapter)  # before the base is loaded
     base = load(adapter)
     if adapter is None:
         assert folder is not None

@@ -198,10 +198,23 @@ def pattern_value(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any
 
 # ------------------------------------------------------------------ writing
 def check_model(model: nn.Module, adapter: store.Adapter) -> str:
-    """Raise IntarsiaError where the adapter is not this model's. -> the digest of the base."""
+    """Raise IntarsiaError where the adapter is not this model's, or is no change of weights. -> the digest of the base."""
+    check_folds(adapter)
     found = digest(model)
     check_fits(model, adapter, adapter.name, found)
     return found
+
+
+def check_folds(adapter: store.Adapter) -> None:
+    """Raise IntarsiaError for an adapter with inserts."""
+    inserts = adapter.inserts
+    if inserts:
+        first, (one, *_) = next(iter(inserts.items()))
+        more = f" and {len(inserts) - 1} more weights" if len(inserts) > 1 else ""
+        raise IntarsiaError(
+            f"a format of weights cannot hold this adapter: beside {first}{more} it inserts a {one.inserted.what}, which is computed for "
+            "every token and folds into no weight; a deck, chat and eval use it as it is"
+        )
 
 
 def layer_names(model: nn.Module, adapter: store.Adapter) -> dict[str, str]:

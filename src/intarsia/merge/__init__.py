@@ -1,7 +1,7 @@
 """Merging: one adapter of several, by a rule, on their edits."""
 
 from intarsia.merge import rules  # registers them
-from intarsia.merge.making import made, merge, named, reweighted
+from intarsia.merge.making import check_kinds, made, merge, named, reweighted
 from intarsia.merge.plan import Plan, Share, Wanted, settle
 from intarsia.merge.recipe import Part, Recipe, load_recipe, make_recipe, schema
 from intarsia.merge.retained import FUSED, Retained, check_names, concept_loss, forgetting, measure, retained_share
@@ -25,7 +25,7 @@ from intarsia.merge.rule import (
 
 __all__ = [
     "FUSED", "KINDS", "Merged", "Part", "Plan", "Recipe", "Retained", "Rule", "Share", "Term", "VARIANTS", "Wanted",
-    "Where", "build", "changed", "check_names", "concept_loss", "each", "fields_of", "find", "forgetting", "known_rules",
+    "Where", "build", "changed", "check_kinds", "check_names", "concept_loss", "each", "fields_of", "find", "forgetting", "known_rules",
     "load_recipe", "made", "make_recipe", "measure", "merge", "named", "register", "retained_picture",
     "retained_share", "reweighted", "rules", "schema", "settle", "systems",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from intarsia.edits import Edit, scale
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.merge.plan import WEIGHT, Plan, Wanted, raise_all, settings, settle
 from intarsia.merge.recipe import Recipe
-from intarsia.merge.rule import Merged, Term, Where, taken
+from intarsia.merge.rule import Merged, Term, Where, refusal, taken
 from intarsia.store import Adapter, Base
 
 Given = Mapping[str, Adapter | str | Path] | Sequence[Adapter | str | Path]
@@ -80,6 +80,16 @@ def made(
         raise IntarsiaError("nothing is left of these adapters under this rule; keep a larger share (density)")
     note = {"lost in the approximation": math.sqrt(lost / of)} if of else {}
     return Adapter(name, edits, _base(planned), planned.config(), _about(planned), note)
+
+
+def check_kinds(planned: Plan, based: bool) -> None:
+    """Raise IntarsiaError for edits of a kind that the rule cannot take; ``based``: whether the base's weights are given."""
+    found = (
+        refusal(planned.rules[weight], name, weight, planned.adapters[name].edits[weight], based)
+        for weight in planned.rules
+        for name in planned.terms(weight)
+    )
+    raise_all(dict.fromkeys(why for why in found if why), "not merged")
 
 
 def _merged(planned: Plan, weight: str, W: Tensor | None) -> Merged | None:

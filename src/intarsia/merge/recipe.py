@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from intarsia import store
 from intarsia.errors import IntarsiaError
 from intarsia.merge.plan import Wanted, settings
+from intarsia.merge.search_config import SearchConfig
 from intarsia.store import Adapter
 from intarsia.train.config import PathText, Section, load_tree, validated
 
@@ -58,7 +59,10 @@ class Recipe(Section):
     values: Literal["exact", "bfloat16", "float16"] = Field(
         default="exact", description="keep every bit, or round once"
     )
-    model: PathText | None = Field(default=None, description="the base, for what depends on its weights")
+    model: PathText | None = Field(
+        default=None, description="the base, for what depends on its weights, and to measure on"
+    )
+    search: SearchConfig | None = Field(default=None, description="find the weights, on rows of every adapter's skill")
 
     @model_validator(mode="before")
     @classmethod

@@ -24,7 +24,7 @@ from intarsia.method import Start, option
 from intarsia.registry import System
 from intarsia.store import Adapter
 
-KINDS = ("sparse", "low rank", "dense", "weight-dependent")
+KINDS = ("sparse", "low rank", "dense", "weight-dependent", "beside the weight")
 
 
 def each(default: Any, help: str) -> Any:
@@ -126,6 +126,8 @@ R = TypeVar("R", bound=type[Rule])
 # ------------------------------------------------------------------ what kinds of edits
 def kinds_of(edit: Edit) -> list[str]:
     """What an edit is to a rule, of :data:`KINDS`: rows and columns are both sparse and low rank."""
+    if edit.inserts():
+        return [KINDS[4]]
     if edit.needs_weight:
         return [KINDS[3]]
     found = [KINDS[0]] if edit.sparse_parts() is not None else []
@@ -141,26 +143,33 @@ def wide(*edits: Edit) -> torch.dtype:
     return dtype
 
 
+def refusal(rule: Rule, adapter: str, name: str, edit: Edit, based: bool) -> str | None:
+    """Why the rule cannot take an edit, or None. ``based``: whether the base's weight is given."""
+    found = kinds_of(edit)
+    if rule.takes.intersection(found) or (edit.needs_weight and based and KINDS[2] in rule.takes):
+        return None
+    if edit.needs_weight and KINDS[2] in rule.takes:
+        return (
+            f"{adapter}: {name}: what a {edit.kind} edit changes depends on the base's weight, which {rule.name} needs to "
+            f"see; name the base (model: MODEL), or take a rule that needs none: {_takers(found)}"
+        )
+    return (
+        f"{adapter}: {name}: {rule.name} takes edits that are {' or '.join(k for k in KINDS if k in rule.takes)}, and this one "
+        f"({edit.kind}) is {' and '.join(found)}; rules that take it: {_takers(found)}"
+    )
+
+
 def taken(rule: Rule, adapter: str, name: str, edit: Edit, W: Tensor | None) -> Edit:
     """The edit as the rule can take it. One that depends on the weight is multiplied out where the weight is given.
 
     Raises:
         IntarsiaError: where the rule cannot take it.
     """
-    found = kinds_of(edit)
-    if rule.takes.intersection(found):
+    if why := refusal(rule, adapter, name, edit, W is not None):
+        raise IntarsiaError(why)
+    if rule.takes.intersection(kinds_of(edit)) or W is None:
         return edit
-    if edit.needs_weight and W is not None and KINDS[2] in rule.takes:
-        return Dense(edit.shape, edit.delta(W.detach().to(torch.promote_types(W.dtype, torch.float32))))
-    if edit.needs_weight and KINDS[2] in rule.takes:
-        raise IntarsiaError(
-            f"{adapter}: {name}: what a {edit.kind} edit changes depends on the base's weight, which {rule.name} needs to "
-            f"see; name the base (model: MODEL), or take a rule that needs none: {_takers(found)}"
-        )
-    raise IntarsiaError(
-        f"{adapter}: {name}: {rule.name} takes edits that are {' or '.join(k for k in KINDS if k in rule.takes)}, and this one "
-        f"({edit.kind}) is {' and '.join(found)}; rules that take it: {_takers(found)}"
-    )
+    return Dense(edit.shape, edit.delta(W.detach().to(torch.promote_types(W.dtype, torch.float32))))
 
 
 def _takers(kinds: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ A ~ LoRA's, B = 0 at the start; the merged adapter is a plain LoRA, in memory, f
 
 A training step draws one expert for A and one for B, from the state; entries of the others stand at P0. In eval mode, and in what is
 saved, the experts are merged; an adapter that is loaded again starts a new split around that. This is the LoRA form (MoSL in the
-authors' code); the bottleneck form needs inserted modules, which are to come. Deviations: one Adam state for all experts, so an
+authors' code); the bottleneck form is left out. Deviations: one Adam state for all experts, so an
 entry drifts on by momentum while others are drawn; the consistency loss (two passes with unlike experts) is for a training loop and
 left out; weight decay moves every entry. The learning rate is LoRA's, and not measured here.
 """

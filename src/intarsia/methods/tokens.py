@@ -34,6 +34,7 @@ class Tokens(Sparse):
     )
     formula, trained = "W'[:, t] = W[:, t] + s * values", "tokens * O"
     default_lr = 4e-3
+    avoids = False  # the tokens are given
     small = ({"tokens": [1, 5]}, {"tokens": [0, 3, 7], "side": "outputs", "scale": 2.0})
 
     def __post_init__(self):

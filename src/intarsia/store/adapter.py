@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Edit
+from intarsia.edits import Edit, Insert
 from intarsia.errors import IntarsiaError
 from intarsia.store.digest import json_digest, tensor_digest
+from intarsia.store.normal import Code
 
-FORMAT = 2
+FORMAT = 3  # the newest that is read; a file is written in the oldest one that can say what is in it
 TENSORS, HEAD, CARD = "adapter.safetensors", "adapter.json", "README.md"
 MERGE = "merge"  # the method of an adapter that was made of others: no method, nothing trains on from it
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +77,8 @@ class Adapter:
         method: the config of the method that trained it, ``{"name": "shira", ...}``.
         about: targets, seed and what else belongs to its making.
         note: free remarks of whoever made it, such as losses; not part of the digest.
+        codes: the code that a tensor's numbers were rounded in, by its name, so that they are stored in as few bits;
+            numbers that are not in it are stored as they are. Of a lazily opened file: of those that were read.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Adapter:
     method: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
     note: Mapping[str, Any] = field(default_factory=dict)
+    codes: Mapping[str, Code] = field(default_factory=dict)
 
     @property
     def outlines(self) -> Mapping[str, Edit]:
@@ -113,6 +117,16 @@ class Adapter:
         if isinstance(self.edits, LazyEdits):
             return edits_digest(self.facts(), self.edits.digests, self.base.digest)
         return edits_digest(self.facts(), {k: tensor_digest(t) for k, t in self.tensors().items()}, self.base.digest)
+
+    @property
+    def inserts(self) -> dict[str, list[Insert]]:
+        """What it inserts beside the layers of weights, as far as the outlines tell; no weight can hold that."""
+        return {w: [one for _, one in e.inserts()] for w, e in self.outlines.items() if e.inserts()}
+
+    @property
+    def multiplications(self) -> int:
+        """Of numbers for every token, by what it inserts; 0 where all of it is set into weights."""
+        return sum(one.inserted.multiplications for many in self.inserts.values() for one in many)
 
     @property
     def touched(self) -> int:

@@ -18,6 +18,16 @@ def card(head: Mapping[str, Any], adapter: Adapter, stored: int) -> str:
     notes = "".join(f"| {key} | {_show(value)} |\n" for key, value in head["note"].items())
     about = "".join(f"| {key} | `{value}` |\n" for key, value in head["about"].items() if key != "merged")
     parts = "".join(f"| made of {part} | {_made_of(adapter.about['merged'][part])} |\n" for part in adapter.made_of)
+    weights = sum(edit.in_weight() is not None for edit in adapter.outlines.values())
+    does = [
+        f"edits {weights} weights and changes up to\n{adapter.touched:,} of their {adapter.size:,} entries ({share:.2%})"
+    ] if weights else []  # fmt: skip
+    if adapter.inserts:
+        kinds = ", ".join(dict.fromkeys(one.inserted.what for many in adapter.inserts.values() for one in many))
+        does.append(
+            f"acts beside {len(adapter.inserts)} layers ({kinds}), which no\nweight can hold: {adapter.multiplications:,} multiplications "
+            "for every token"
+        )
     front = (
         f"base_model: {base['source']}\n" if "/" in base["source"] and not base["source"].startswith(("/", ".")) else ""
     )
@@ -28,8 +38,7 @@ tags: [intarsia, adapter, {name}]
 
 # {head["name"]}
 
-A **{name}** adapter for `{base["source"] or "an unnamed base"}`. It edits {len(adapter.edits)} weights and changes up to
-{adapter.touched:,} of their {adapter.size:,} entries ({share:.2%}), in {stored / 1e6:.2f} MB.
+A **{name}** adapter for `{base["source"] or "an unnamed base"}`. It {", and ".join(does)}, in {stored / 1e6:.2f} MB.
 
 ```python
 import intarsia as ia

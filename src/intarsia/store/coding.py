@@ -1,8 +1,13 @@
-"""Codings: how the indices of a support are stored. Exact, and the smallest of three is chosen for each weight.
+"""Codings: how the indices of a support are stored. Exact, and the smallest is chosen for each weight.
 
     seed    nothing is stored: the support is what a key draws (``intarsia.support.Drawn``)
     gaps    the differences of the sorted indices, less 1, in u8 or u16
     plain   the indices themselves, int32 (int64 for weights of 2^31 entries and more)
+
+and where a weight's values are coded too (:mod:`intarsia.store.values`), so that a byte for each index would be much:
+
+    rice    the gaps by Rice's code
+    ranks   of a part of what a key draws: which ones they are, sorted, as gaps by Rice's code
 
 In ``gaps`` a gap g is written as g // e times the highest number e (255 or 65535), which says "go on", and then g % e.
 So the sum of all numbers up to the end of the j-th gap, plus j, is the j-th index.
@@ -19,33 +24,61 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
+from intarsia.store import packing
 from intarsia.store.digest import tensor_digest
-from intarsia.support import Drawn, Shape
+from intarsia.store.values import CODINGS as VALUE_CODINGS
+from intarsia.support import Drawn, Shape, permute, ranks
 
 INDEX_BYTES = 8  # in memory, where indices are int64
 MOST_INDICES = 64  # bytes of indices in memory for each byte of the file: seeds give 4 at most, gaps less than 3
 NOT_STORED = ("seed", "same")  # codings of tensors that are not in the file under their names
 GAPS = (torch.uint8, torch.uint16)
-ENTRY = {"seed": 64, "gaps": 192}  # bytes that a coding takes in the head (less the header's entry that it saves)
+SINCE_3 = ("rice", "ranks", *VALUE_CODINGS)  # codings that format 2 had not
+KNOWN = ("seed", "gaps", "same", *SINCE_3)
+FEW = 64  # indices: as random ones, the largest of their ranks is below half of all with a chance of 2^-64
+ENTRY = {
+    "seed": 64,
+    "gaps": 192,
+    "ranks": 48,
+}  # bytes that a coding takes in the head (less the header's entry that it saves)
 
 
-def encode(index: Tensor, shape: Shape, units: int, key: int | None) -> tuple[dict[str, Any], Tensor | None]:
+def encode(
+    index: Tensor, shape: Shape, units: int, key: int | None, tight: bool = False
+) -> tuple[dict[str, Any], Tensor | None]:
     """Sorted indices of 0..units-1, as a file's plain tensor -> what the head says of them (nothing: plain), what is stored.
 
-    ``key`` is the one that may have drawn them.
+    ``key`` is the one that may have drawn them; ``tight``: in as few bits as can be.
     """
     count = len(index)
     drawn = None if key is None or index.nbytes <= ENTRY["seed"] else Drawn.of(index, shape, units, key)
     if drawn is not None:
         rows = {} if drawn.rows is None else {"rows": drawn.rows}
         return {"coding": "seed", "units": units, "count": count, "key": f"{drawn.key:016x}"} | rows, None
-    gaps = np.diff(index.numpy(), prepend=-1).astype(np.int64) - 1
+    if tight and count:
+        return _tight(index.to(torch.int64), units, key)
+    gaps = packing.gaps(index.numpy())
     sizes = {dtype: _numbers(gaps, dtype) * dtype.itemsize for dtype in GAPS}
     best = min(GAPS, key=lambda dtype: sizes[dtype])
     if sizes[best] + ENTRY["gaps"] >= index.nbytes:
         return {}, index
     stored = torch.from_numpy(_write_gaps(gaps, best))
     return {"coding": "gaps", "count": count, "sha256": tensor_digest(stored)}, stored
+
+
+def _tight(index: Tensor, units: int, key: int | None) -> tuple[dict[str, Any], Tensor]:
+    """The smaller one of ``rice`` and ``ranks``."""
+    between = packing.gaps(index.numpy())
+    bits = packing.rice_bits(between)
+    entry, data = {"coding": "rice", "count": len(index), "bits": bits}, packing.rice_encode(between, bits)
+    if key is not None and len(index) and int(ranks(index[:FEW], units, key).max()) < units // 2:
+        between = packing.gaps(ranks(index, units, key).sort().values.numpy())
+        bits = packing.rice_bits(between)
+        drawn = packing.rice_encode(between, bits)
+        if len(drawn) + ENTRY["ranks"] < len(data):
+            entry = {"coding": "ranks", "units": units, "count": len(index), "key": f"{key:016x}", "bits": bits}
+            data = drawn
+    return entry, torch.from_numpy(data)
 
 
 def count_of(entry: Mapping[str, Any], shape: Shape, stored: tuple[torch.dtype, int] | None) -> int:
@@ -69,9 +102,23 @@ def count_of(entry: Mapping[str, Any], shape: Shape, stored: tuple[torch.dtype, 
             raise IntarsiaError("its coding has no sha256")
     elif coding == "seed":
         _drawn(entry, shape)
+    elif coding in ("rice", "ranks"):
+        _check_rice(entry, count, stored)
+        if coding == "ranks":
+            _drawn({**entry, "rows": None}, shape)
     else:
-        raise IntarsiaError(f"unknown coding {_short(coding)}; this version knows gaps, same, seed")
+        raise IntarsiaError(f"unknown coding {_short(coding)}; this version knows {', '.join(sorted(KNOWN))}")
     return count
+
+
+def _check_rice(entry: Mapping[str, Any], count: int, stored: tuple[torch.dtype, int] | None) -> None:
+    bits = entry.get("bits")
+    if not _whole(bits) or bits > packing.MOST_BITS:
+        raise IntarsiaError(f"its coding says bits {_short(bits)}; expected a whole number up to {packing.MOST_BITS}")
+    least = packing.packed_bytes(count, bits) + packing.packed_bytes(count, 1)
+    if stored is None or stored[0] != torch.uint8 or stored[1] < least:
+        found = "nothing" if stored is None else f"{stored[1]} numbers of {stored[0]}"
+        raise IntarsiaError(f"{count} indices are said to be stored, found {found}; expected {least} of uint8 or more")
 
 
 def decode(entry: Mapping[str, Any], shape: Shape, stored: Tensor | None) -> Tensor:
@@ -82,6 +129,15 @@ def decode(entry: Mapping[str, Any], shape: Shape, stored: Tensor | None) -> Ten
     """
     if stored is None:
         return _drawn(entry, shape).index(entry["units"], entry["count"])
+    if entry["coding"] in ("rice", "ranks"):
+        places = packing.from_gaps(packing.rice_decode(stored.numpy(), entry["count"], entry["bits"]))
+        if entry["coding"] == "rice":
+            return torch.from_numpy(places)
+        units = entry["units"]
+        # Beyond them the permutation is not defined, and its walk may never end.
+        if len(places) and not (places[0] >= 0 and (np.diff(places) > 0).all() and places[-1] < units):
+            raise IntarsiaError(f"its ranks lie beyond {units - 1}; the file was changed or damaged")
+        return permute(torch.from_numpy(places), units, int(entry["key"], 16)).sort().values
     if tensor_digest(stored) != entry["sha256"]:
         raise IntarsiaError("its bytes do not match its digest; the file was changed or damaged")
     numbers = stored.numpy()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from intarsia import processes
 from intarsia.edits import Edit
+from intarsia.store.order import little_endian
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -21,7 +22,8 @@ def tensor_digest(tensor: Tensor) -> str:
     head = f"{str(whole.dtype).removeprefix('torch.')}{list(whole.shape)}".encode()
     state = hashlib.sha256(head)
     if whole.numel():
-        state.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+        raw = little_endian(whole.reshape(-1).view(torch.uint8), whole.dtype.itemsize)
+        state.update(raw.numpy().data)
     return state.hexdigest()
 
 

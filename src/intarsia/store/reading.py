@@ -6,9 +6,8 @@ asked for. ``read`` does all of it at once.
 
 from __future__ import annotations
 
-import glob
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -18,16 +17,21 @@ from torch import Tensor
 
 from intarsia.edits import Edit, build_edit
 from intarsia.errors import IntarsiaError
-from intarsia.store.adapter import FORMAT, HEAD, TENSORS, Adapter, Base, LazyEdits, edits_digest
+from intarsia.store import bundle
+from intarsia.store.adapter import HEAD, TENSORS, Adapter, Base, LazyEdits, edits_digest
+from intarsia.store.bundle import Spans, unbundle
 from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, NOT_STORED, count_of, decode
 from intarsia.store.digest import tensor_digest
+from intarsia.store.head import check_head, read_head
+from intarsia.store.normal import Code
 from intarsia.store.tensorfile import TensorFile, Unreadable
-from intarsia.store.writing import OLD, checksum
+from intarsia.store.values import CODINGS as VALUE_CODINGS
+from intarsia.store.values import MOST_NUMBERS, decode_values, shape_of
+from intarsia.store.writing import checksum
 from intarsia.support import Shape, file_index_dtype
 
 T = TypeVar("T")
 
-REQUIRED = ("format", "name", "method", "base", "edits", "tensors", "digest", "checksum")
 MOST_ENTRIES = 1 << 62  # of a weight: flat positions are int64
 
 
@@ -47,7 +51,7 @@ def read(folder: str | Path) -> Adapter:
         except IntarsiaError as error:
             faults.append(str(error).removeprefix(_not_whole(folder, [])))
     _raise(folder, faults)
-    return Adapter(adapter.name, edits, adapter.base, adapter.method, adapter.about, adapter.note)
+    return replace(adapter, edits=edits)
 
 
 def open(folder: str | Path) -> Adapter:
@@ -61,12 +65,21 @@ def open(folder: str | Path) -> Adapter:
         IntarsiaError: for a missing, truncated or newer file, a changed head, missing or extra tensors; all faults at once.
     """
     folder = Path(folder)
-    head = _read_head(folder)
+    head = read_head(folder)
     try:
         file = TensorFile.open(folder / TENSORS)
     except Unreadable as error:
         raise IntarsiaError(_unreadable(folder, error)) from error
-    source = _Source(folder, file, head["edits"], head["tensors"], head.get("codings", {}))
+    spans: Spans = {}
+    if head.get("bundled"):
+        try:
+            head, spans = unbundle(head, file)
+        except Unreadable as error:
+            raise IntarsiaError(_unreadable(folder, error)) from error
+        except IntarsiaError as error:
+            raise IntarsiaError(_not_whole(folder, [str(error)])) from error
+        check_head(folder, head)
+    source = _Source(folder, file, head["edits"], head["tensors"], head.get("codings", {}), spans)
     faults = source.misnamed()
     if not faults and not _fits_itself(head):
         faults.append(f"{HEAD} does not match its own digest; it was edited or damaged")
@@ -83,10 +96,15 @@ def open(folder: str | Path) -> Adapter:
         faults.append(
             f"it claims {indices:,} indices, and {TENSORS} has {file.size:,} bytes; it is damaged, or made to fill memory"
         )
+    coded = source.coded_bytes(outlines)
+    if not faults and coded > MOST_NUMBERS * file.size:
+        faults.append(
+            f"it claims {coded:,} bytes of coded numbers, and {TENSORS} has {file.size:,}; it is damaged, or made to fill memory"
+        )
     _raise(folder, faults)
     edits = LazyEdits(outlines, head["tensors"], source.edit)
     base = Base(head["base"]["digest"], head["base"]["dtype"], head["base"].get("source", ""))
-    return Adapter(head["name"], edits, base, head["method"], head.get("about", {}), head.get("note", {}))
+    return Adapter(head["name"], edits, base, head["method"], head.get("about", {}), head.get("note", {}), source.codes)
 
 
 class _Source:
@@ -99,8 +117,11 @@ class _Source:
         facts: Mapping[str, Any],
         digests: Mapping[str, str],
         codings: Mapping[str, Any],
+        spans: Spans,
     ):
+        self.spans = spans  # of the coded tensors in a bundle
         self.folder, self.file, self.facts, self.digests, self.codings = folder, file, facts, digests, codings
+        self.codes: dict[str, Code] = {}  # of the tensors that were read and have one
         self.names: dict[str, dict[str, str]] = {}  # weight -> part -> whole name
         for name in digests:
             weight, _, part = name.rpartition(".")
@@ -115,8 +136,12 @@ class _Source:
             for name in sorted(self.codings.keys() - self.digests.keys())
         ]
         wanted = {name for name in self.digests if self._coding(name).get("coding") not in NOT_STORED}
-        faults += [f"missing tensor {name}" for name in sorted(wanted - self.file.entries.keys())]
-        faults += [f"unexpected tensor {name}" for name in sorted(self.file.entries.keys() - wanted)]
+        found = self.file.entries.keys() - ({bundle.HEAD, bundle.NUMBERS} if self.spans else set())
+        faults += [f"{name} is bundled and has no coding" for name in sorted(self.spans.keys() - self.codings.keys())]
+        faults += [f"{name} is stored twice" for name in sorted(self.spans.keys() & found)]
+        found |= self.spans.keys()
+        faults += [f"missing tensor {name}" for name in sorted(wanted - found)]
+        faults += [f"unexpected tensor {name}" for name in sorted(found - wanted)]
         return faults
 
     def unclaimed(self) -> list[str]:
@@ -132,6 +157,15 @@ class _Source:
             return _build(self.facts[weight], {part: self._outline(name, shape) for part, name in parts})
 
         return _checked(weight, build)
+
+    def coded_bytes(self, outlines: Mapping[str, Edit]) -> int:
+        """How many bytes the coded numbers have when they are decoded."""
+        return sum(
+            tensor.nbytes
+            for weight, edit in outlines.items()
+            for part, tensor in edit.tensors().items()
+            if self._coding(f"{weight}.{part}").get("coding") in VALUE_CODINGS
+        )
 
     def edit(self, weight: str) -> Edit:
         """The edit with its numbers, checked."""
@@ -162,7 +196,12 @@ class _Source:
         if not entry and stored is not None:
             return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
         row = None if stored is None or len(stored.shape) != 1 else (stored.dtype, stored.shape[0])
+        if name in self.spans:
+            row = torch.uint8, self.spans[name][1] - self.spans[name][0]
         try:
+            if entry.get("coding") in VALUE_CODINGS:
+                sizes, dtype = shape_of(entry, row)
+                return torch.empty(sizes, dtype=dtype, device="meta")
             return torch.empty(count_of(entry, shape, row), dtype=torch.int64, device="meta")
         except IntarsiaError as error:
             raise IntarsiaError(f"{name.rpartition('.')[2]}: {error}") from error
@@ -181,7 +220,15 @@ class _Source:
         if tensor is not None:
             return tensor
         stored = self.file.read(name) if name in self.file.entries else None
-        if entry:
+        if name in self.spans:
+            stored = self.file.read(bundle.NUMBERS, self.spans[name])
+        if entry.get("coding") in VALUE_CODINGS:
+            assert stored is not None
+            tensor, code = decode_values(entry, stored)
+            found = tensor_digest(tensor)
+            if code is not None:
+                self.codes[name] = code
+        elif entry:
             tensor = decode(entry, shape, stored)
             found = tensor_digest(tensor.to(file_index_dtype(shape)))
         else:
@@ -236,59 +283,6 @@ def _not_whole(folder: Path, faults: list[str]) -> str:
 
 def _unreadable(folder: Path, error: Unreadable) -> str:
     return f"{folder / TENSORS} cannot be read: {error}; it is cut off or not a safetensors file. Fetch it again"
-
-
-def _read_head(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        before = next(folder.parent.glob(f".{glob.escape(folder.name)}.*{OLD}/adapter"), None)
-        cut = f". A save was cut short: the adapter before it is {before}, rename it to {folder}" if before else ""
-        raise IntarsiaError(f"{folder} {what}; an adapter is a folder with {HEAD} and {TENSORS}{cut}")
-    if not (folder / HEAD).exists():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
-        raise IntarsiaError(f"{folder} is not an adapter: it has no {HEAD} (found {found})")
-    try:
-        head = json.loads((folder / HEAD).read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise IntarsiaError(
-            f"{folder / HEAD} cannot be read: {error}; it is cut off or damaged. Fetch it again"
-        ) from error
-    if not isinstance(head, dict) or not isinstance(head.get("format"), int):
-        raise IntarsiaError(f"{folder / HEAD} does not say which format it is in; it is not an adapter of intarsia")
-    if isinstance(head["format"], bool) or head["format"] < 1:
-        raise IntarsiaError(f"{folder / HEAD} says format {head['format']}; there is none below 1. It is damaged")
-    if head["format"] > FORMAT:
-        raise IntarsiaError(
-            f"{folder} is in format {head['format']}; this version reads up to {FORMAT}. Upgrade: pip install -U intarsia"
-        )
-    required = REQUIRED if head["format"] < 2 else (*REQUIRED, "codings")
-    missing = [key for key in required if key not in head]
-    if missing:
-        raise IntarsiaError(f"{folder / HEAD} lacks {', '.join(missing)}; it is damaged")
-    faults = [
-        f"{where} is {type(value).__name__}, expected {kind.__name__}"
-        for where, value, kind in (
-            *((key, head[key], dict) for key in ("method", "base", "edits", "tensors")),
-            *((key, head.get(key, {}), dict) for key in ("about", "note", "codings")),
-            *((key, head[key], str) for key in ("name", "digest")),
-        )
-        if not isinstance(value, kind)
-    ]
-    if not faults:
-        base = {"source": ""} | head["base"]
-        faults = [
-            f"base.{key} is no text" for key in ("digest", "dtype", "source") if not isinstance(base.get(key), str)
-        ]
-        faults += [
-            f"what {key} says of {name} is no {kind.__name__}"
-            for key, kind in (("edits", dict), ("tensors", str), ("codings", dict))
-            for name, value in head.get(key, {}).items()
-            if not isinstance(value, kind)
-        ][:5]
-        faults += ["format 1 has no codings"] if head["format"] < 2 and "codings" in head else []
-    if faults:
-        raise IntarsiaError(f"{folder / HEAD} is damaged: {'; '.join(faults)}")
-    return head
 
 
 def _shape(value: Any) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intarsia.store.order import little_endian
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -67,13 +69,15 @@ class TensorFile:
             raise Unreadable(str(error)) from error
         return cls(path, _entries(header, 8 + length, size), size)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own.
+    def read(self, name: str, span: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, in memory of its own; of a row of bytes perhaps those of a span alone.
 
         Raises:
             Unreadable: where the file has become shorter since it was opened, or is gone.
         """
         entry = self.entries[name]
+        if span is not None:
+            entry = Entry(torch.uint8, (span[1] - span[0],), entry.begin + span[0], entry.begin + span[1])
         data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         try:
             with self.path.open("rb") as file:
@@ -85,7 +89,7 @@ class TensorFile:
             raise Unreadable(f"it ends within {name}")
         if not len(data):
             return torch.empty(entry.shape, dtype=entry.dtype)
-        return data.view(entry.dtype).view(entry.shape)
+        return little_endian(data, entry.dtype.itemsize).view(entry.dtype).view(entry.shape)
 
 
 def _entries(header: Any, start: int, size: int) -> dict[str, Entry]:

@@ -30,11 +30,13 @@ from intarsia._version import __version__
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Start
 from intarsia.store.adapter import CARD, FORMAT, HEAD, TENSORS, Adapter, edits_digest
+from intarsia.store.bundle import bundle
 from intarsia.store.card import card
-from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, encode
+from intarsia.store.coding import INDEX_BYTES, MOST_INDICES, SINCE_3, encode
 from intarsia.store.digest import json_digest, tensor_digest
+from intarsia.store.values import MOST_NUMBERS, encode_values
 
-CODINGS = ("compact", "plain")
+CODINGS = ("compact", "masks", "plain")
 OLD = ".old"  # of the hidden folder that holds the adapter before, while two renames are made
 SMALL = 256  # bytes; below it, saying in the head that a tensor is the same as another one takes more than the tensor
 
@@ -50,8 +52,9 @@ def write(
     """Write the adapter's folder, whole or not at all. -> the folder.
 
     Args:
-        coding: ``compact``: indices in the smallest exact coding, no tensor twice; ``plain``: every tensor as it is, so that
-            any program can read ``<weight>.indices`` and ``<weight>.values``. Both are exact, and read back alike.
+        coding: ``compact``: indices, and values that were compressed, in the smallest exact coding, no tensor twice; ``masks``: the
+            same, with three-valued numbers as two bit masks; ``plain``: every tensor as it is, so that
+            any program can read ``<weight>.indices`` and ``<weight>.values``. All are exact, and read back alike.
         values: ``bfloat16`` or ``float16``: round what is added once (:meth:`Adapter.rounded`); None: keep every bit.
 
     Raises:
@@ -102,9 +105,9 @@ def write(
 
 def _fill(aside: Path, adapter: Adapter, tensors: dict[str, Tensor], coding: str) -> None:
     digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-    codings, stored = _compact(adapter, tensors, digests) if coding == "compact" else ({}, tensors)
-    head = {
-        "format": FORMAT,
+    codings, stored = ({}, tensors) if coding == "plain" else _compact(adapter, tensors, digests, coding == "masks")
+    head: dict[str, Any] = {
+        "format": FORMAT if any(entry["coding"] in SINCE_3 for entry in codings.values()) else FORMAT - 1,
         "written_by": f"intarsia {__version__}",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "name": adapter.name,
@@ -118,9 +121,10 @@ def _fill(aside: Path, adapter: Adapter, tensors: dict[str, Tensor], coding: str
         "tensors": digests,
         "codings": codings,
     }
-    save_file(_apart(stored), aside / TENSORS, metadata={"format": "pt"})
     head["checksum"] = checksum(head)
-    (aside / HEAD).write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
+    shown, stored = bundle(head, stored) if head["format"] > 2 else (head, stored)
+    save_file(_apart(stored), aside / TENSORS, metadata={"format": "pt"})
+    (aside / HEAD).write_text(_lines(shown), encoding="utf-8")
     (aside / CARD).write_text(card(head, adapter, (aside / TENSORS).stat().st_size), encoding="utf-8")
     (aside / TENSORS).chmod((aside / HEAD).stat().st_mode)  # safetensors keeps its file from all but the owner
     for name in (TENSORS, HEAD, CARD):
@@ -129,33 +133,73 @@ def _fill(aside: Path, adapter: Adapter, tensors: dict[str, Tensor], coding: str
     aside.chmod(0o755)
 
 
+def _lines(head: Mapping[str, Any]) -> str:
+    """JSON for people in little room: a line for each key, and for each weight and tensor."""
+    whole = []
+    for key, value in head.items():
+        text = json.dumps(value)
+        if key in ("edits", "tensors", "codings") and value:
+            text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
+        whole.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(whole) + "\n}\n"
+
+
 def _compact(
-    adapter: Adapter, tensors: Mapping[str, Tensor], digests: Mapping[str, str]
+    adapter: Adapter, tensors: Mapping[str, Tensor], digests: Mapping[str, str], masks: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the head says of tensors that are not stored as they are, and those that are stored."""
-    codings: dict[str, Any] = {}
-    stored = dict(tensors)
-    for weight, edit in adapter.outlines.items():
-        for part, units in edit.supports().items():
-            name = f"{weight}.{part}"
-            entry, coded = encode(tensors[name], edit.shape, units, _key(adapter, weight))
-            if entry:
-                del stored[name]
-                codings[name] = entry
-                stored |= {} if coded is None else {name: coded}
+    codings, stored, coded = _coded(adapter, tensors, masks)
     first: dict[str, str] = {}
     again = {
         name: first.setdefault(digests[name], name)
         for name in stored
-        if stored[name].nbytes > SMALL and first.setdefault(digests[name], name) != name
+        if (tensors if name in coded else stored)[name].nbytes > SMALL and first.setdefault(digests[name], name) != name
     }
     # So many times the file's bytes a reader would take for hostile: then each is written out.
-    if INDEX_BYTES * _indices(adapter) <= MOST_INDICES // 2 * sum(
-        t.nbytes for n, t in stored.items() if n not in again
-    ):
+    if _readable(adapter, {n: t for n, t in stored.items() if n not in again}, MOST_INDICES // 2):
         codings |= {name: {"coding": "same", "as": other} for name, other in again.items()}
         stored = {name: tensor for name, tensor in stored.items() if name not in again}
     return codings, stored
+
+
+def _coded(
+    adapter: Adapter, tensors: Mapping[str, Tensor], masks: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], set[str]]:
+    """Codings, stored tensors, and whose values are coded: in the smallest way that a reader does not take for hostile."""
+    for few in (masks, True):
+        numbers = {name: encode_values(tensor, adapter.codes.get(name), few) for name, tensor in tensors.items()}
+        coded = {name: found for name, found in numbers.items() if found is not None}
+        codings, stored = _supports(adapter, tensors, coded)
+        # Hardly any signs among very many zeros would be a small file that fills the memory.
+        most = MOST_NUMBERS * sum(tensor.nbytes for tensor in stored.values())
+        if sum(tensors[name].nbytes for name in coded) <= most and _readable(adapter, stored, MOST_INDICES):
+            return codings, stored, set(coded)
+    return *_supports(adapter, tensors, {}), set()
+
+
+def _supports(
+    adapter: Adapter, tensors: Mapping[str, Tensor], coded: Mapping[str, tuple[dict[str, Any], Tensor]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Codings and stored tensors, with the values that are ``coded`` and the best for each support beside them."""
+    codings: dict[str, Any] = {name: entry for name, (entry, _) in coded.items()}
+    small = "compressed" in adapter.about
+    stored = dict(tensors) | {name: data for name, (_, data) in coded.items()}
+    for weight, edit in adapter.outlines.items():
+        for part, units in edit.supports().items():
+            name, values = f"{weight}.{part}", f"{weight}.{part.removesuffix('indices')}values"
+            entry, data = encode(
+                tensors[name], edit.shape, units, _key(adapter, weight), tight=values in coded or small
+            )
+            if entry:
+                del stored[name]
+                codings[name] = entry
+                stored |= {} if data is None else {name: data}
+    return codings, stored
+
+
+def _readable(adapter: Adapter, stored: Mapping[str, Tensor], most: int) -> bool:
+    """Whether the indices in memory are at most so many times the bytes that are stored."""
+    return INDEX_BYTES * _indices(adapter) <= most * sum(tensor.nbytes for tensor in stored.values())
 
 
 def _key(adapter: Adapter, weight: str) -> int | None:

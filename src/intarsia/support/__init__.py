@@ -1,7 +1,7 @@
 """The support space: granularity x scorer x budget. Pure tensor functions."""
 
 from intarsia.support.budgets import BUDGETS, OF_THE_MODEL, allocate, proportional
-from intarsia.support.choose import Drawn, choose, struct, top
+from intarsia.support.choose import Drawn, choose, free_count, free_units, struct, top
 from intarsia.support.granularity import (
     GRANULARITIES,
     Column,
@@ -17,12 +17,12 @@ from intarsia.support.granularity import (
     file_index_dtype,
     named_granularity,
 )
-from intarsia.support.permutation import draw, permute, sample, sample_rows, uniform
+from intarsia.support.permutation import draw, permute, ranks, sample, sample_rows, uniform
 from intarsia.support.scorers import CROWDED, OUTSIDE, SCORERS, is_scorer, needs_of, score, scorer
 
 __all__ = [
     "BUDGETS", "CROWDED", "GRANULARITIES", "OF_THE_MODEL", "OUTSIDE", "SCORERS", "Column", "Diagonal", "Drawn", "Element",
     "Granularity", "Line", "Plan", "Row", "Shape", "Tile", "Wide", "allocate", "choose", "draw", "file_index_dtype",
-    "is_scorer", "named_granularity", "needs_of", "permute", "proportional", "sample", "sample_rows", "score", "scorer", "struct",
-    "top", "uniform",
+    "free_count", "free_units", "is_scorer", "named_granularity", "needs_of", "permute", "proportional", "ranks",
+    "sample", "sample_rows", "score", "scorer", "struct", "top", "uniform",
 ]  # fmt: skip

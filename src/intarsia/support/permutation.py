@@ -29,6 +29,11 @@ def permute(index: Tensor, n: int, key: int) -> Tensor:
     return torch.from_numpy(_walk(index.numpy(force=True), n, _round_keys(key))).to(index.device)
 
 
+def ranks(index: Tensor, n: int, key: int) -> Tensor:
+    """The inverse of :func:`permute`: as which number each index is drawn. (k,) int64 in 0..n-1 -> (k,) int64."""
+    return torch.from_numpy(_walk(index.numpy(force=True), n, _round_keys(key), back=True)).to(index.device)
+
+
 def sample(n: int, k: int, key: int) -> Tensor:
     """k distinct indices of 0..n-1, sorted. -> (k,) int64."""
     found = _walk(np.arange(k), n, _round_keys(key))
@@ -36,12 +41,35 @@ def sample(n: int, k: int, key: int) -> Tensor:
     return torch.from_numpy(np.sort(found.astype(np.uint32)).astype(np.int64) if n <= _LOW32 else np.sort(found))
 
 
+def sample_free(free: Tensor, k: int, key: int) -> Tensor:
+    """The first k indices in the order of the permutation that are free, sorted. (n,) bool -> (k,) int64.
+
+    Where nothing that :func:`sample` draws is taken, this is what it draws.
+    """
+    n = len(free)
+    order = permute(torch.arange(min(n, k + int((~free).sum()))), n, key)
+    return order[free[order]][:k].sort().values
+
+
 def sample_rows(rows: int, n: int, k: int, key: int) -> Tensor:
     """k distinct indices of 0..n-1 in each of the rows, each row with its own permutation. -> (rows, k) int64, each row sorted."""
+    return torch.from_numpy(np.sort(_rows(rows, n, k, key), axis=1))
+
+
+def sample_free_rows(free: Tensor, k: int, key: int) -> Tensor:
+    """The same for each row of free indices. (rows, n) bool -> (rows, k) int64, each row sorted."""
+    rows, n = free.shape
+    order = torch.from_numpy(_rows(rows, n, min(n, k + int((~free).sum(1).max())), key))
+    open_ = free.gather(1, order)
+    first = open_ & (open_.cumsum(1) <= k)
+    return order[first].view(rows, k).sort(1).values
+
+
+def _rows(rows: int, n: int, k: int, key: int) -> Numbers:
+    """Where each row's own permutation sends 0..k-1. -> (rows, k) int64."""
     number = _mixed(np.arange(1, rows + 1, dtype=np.uint32)).repeat(k)
     keys = [_mixed(number ^ each) for each in _round_keys(key)]
-    found = _walk(np.tile(np.arange(k), rows), n, keys).reshape(rows, k)
-    return torch.from_numpy(np.sort(found, axis=1))
+    return _walk(np.tile(np.arange(k), rows), n, keys).reshape(rows, k)
 
 
 def uniform(index: Tensor, key: int) -> Tensor:
@@ -56,13 +84,14 @@ def uniform(index: Tensor, key: int) -> Tensor:
     return torch.from_numpy(mixed.astype(np.float64) / 2**32).to(index.device)
 
 
-def _walk(index: Numbers, n: int, keys: Sequence[Any]) -> Numbers:
+def _walk(index: Numbers, n: int, keys: Sequence[Any], back: bool = False) -> Numbers:
     """The permutation of 0..n-1 with these round keys, each a single number or one for every index. (k,) int64 -> (k,) int64."""
     bits = max(2, (n - 1).bit_length())
-    out = _feistel(index, bits, keys)
+    feistel = _unfeistel if back else _feistel
+    out = feistel(index, bits, keys)
     outside = np.flatnonzero(out >= n)
     while len(outside):  # cycle walking keeps it a permutation of 0..n-1
-        again = _feistel(out[outside], bits, [key if np.ndim(key) == 0 else key[outside] for key in keys])
+        again = feistel(out[outside], bits, [key if np.ndim(key) == 0 else key[outside] for key in keys])
         out[outside] = again
         outside = outside[again >= n]
     return out
@@ -85,6 +114,17 @@ def _feistel(x: Numbers, bits: int, keys: Sequence[Any]) -> Numbers:
         np.bitwise_and(mixed, np.uint32((1 << widths[round % 2]) - 1), out=mixed)
         np.bitwise_xor(left, mixed, out=left)
         left, right = right, left
+    return (left.astype(np.int64) << low) | right
+
+
+def _unfeistel(x: Numbers, bits: int, keys: Sequence[Any]) -> Numbers:
+    """The inverse of :func:`_feistel`: the rounds from the last to the first."""
+    low = bits // 2
+    left, right = (x >> low).astype(np.uint32), (x & ((1 << low) - 1)).astype(np.uint32)
+    widths = (bits - low, low)
+    for round in range(ROUNDS - 1, -1, -1):
+        left, right = right, left
+        left = left ^ (_mixed(right ^ keys[round]) & np.uint32((1 << widths[round % 2]) - 1))
     return (left.astype(np.int64) << low) | right
 
 

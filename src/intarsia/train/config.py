@@ -103,6 +103,10 @@ class TrainConfig(Section):
     save_every: int | None = Field(
         default=None, ge=1, description="steps between checkpoints; a tenth of the run by default"
     )
+    snapshots: int = Field(default=0, ge=0, description="adapters to keep along the run, in <output>/snapshots")
+    snapshots_from: float = Field(
+        default=2 / 3, ge=0, lt=1, description="share of the run after which snapshots are taken, evenly up to its end"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -130,6 +134,10 @@ class Config(Section):
     method: dict[str, Any] = Field(description="a method's name, or a mapping of its name and fields")
     targets: Names = Field(default="all-linear", description="which weights: all-linear, globs, re:...")
     exclude: list[str] = Field(default_factory=list, description="weights to leave alone, named like targets")
+    avoid: list[PathText] = Field(
+        default_factory=list,
+        description="adapters whose entries are not chosen, so that fusing keeps all values: folders, or NAME@VERSION",
+    )
     output: PathText = Field(description="folder to write the adapter to")
     overwrite: bool = Field(default=False, description="replace an adapter that stands in the output folder")
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -152,8 +160,7 @@ class Config(Section):
             value["data"] = {"train": value["data"]}
         if isinstance(value.get("method"), str):
             value["method"] = {"name": value["method"]}
-        if isinstance(value.get("exclude"), str):
-            value["exclude"] = [value["exclude"]]
+        value |= {key: [value[key]] for key in ("exclude", "avoid") if isinstance(value.get(key), str)}
         return value
 
     @model_validator(mode="after")

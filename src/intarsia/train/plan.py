@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from intarsia import processes, registry
 from intarsia.bases import packing_of
+from intarsia.disjoint import adapters_to_avoid
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
 from intarsia.model import attached_names, digest
@@ -18,16 +19,18 @@ from intarsia.model import plan as plan_sites
 from intarsia.pretrained import Pretrained
 from intarsia.pretrained import load as load_pretrained
 from intarsia.site import find_sites
+from intarsia.store import Adapter
 from intarsia.train.config import Config
 from intarsia.train.data import BatchView, DataReport, Example, load_examples, split
 from intarsia.train.data import show_batch as view
 from intarsia.train.progress import Progress, size
+from intarsia.train.snapshots import snapshot_steps
 
 MUCH_TOO_LOW = 8  # a learning rate that many times below the method's own gets a warning
 STATE_BYTES = {"adamw": 8, "adafactor": 4, "sgd": 0}  # of optimizer state for a trained number; adafactor: at most
 
 # What may change between a run and its continuation without changing the result.
-FREE = ("output", "overwrite", "train.log_every", "train.eval_every", "train.save_every", "train.shard")
+FREE = ("output", "overwrite", "train.log_every", "train.eval_every", "train.save_every", "train.shard", "avoid")
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ class Plan:
 
     config: Config
     method: Method
+    avoid: list[Adapter]  # whose entries are not chosen
     pretrained: Pretrained
     train: list[Example]
     held_out: list[Example]
     reports: list[DataReport]
     estimate: Estimate
+    snapshots: list[int]  # steps
     settings: Mapping[str, Any]  # everything that the result depends on, flat: {"train.lr": 0.001, ...}
 
     def warnings(self) -> list[str]:
@@ -114,10 +119,12 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
     targeted = find_sites(model, config.targets, config.exclude)
-    planned = plan_sites(model, method, config.targets, config.exclude)
+    avoid = _to_avoid(config, method)
+    planned = plan_sites(model, method, config.targets, config.exclude, avoid)
     train, held_out, reports = load_data(config, pretrained)
     trained = sum(planned.values())
     steps = step_count(config, len(train))
+    snapshots = snapshot_steps(steps, config.train.snapshots, config.train.snapshots_from)
     moving = any(method.moves(step, steps) for step in range(1, steps + 1))
     packed = [name for name in planned if not packing_of(targeted[name].stored).in_place]
     if moving and processes.count() > 1:
@@ -146,7 +153,15 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         tokens=round(per_row * _rows_seen(config, len(train), steps)),
         lr=config.train.lr or method.default_lr,
     )
-    return Plan(config, method, pretrained, train, held_out, reports, estimate, settings(config, method, pretrained))
+    depends_on = settings(config, method, pretrained, avoid)
+    return Plan(config, method, avoid, pretrained, train, held_out, reports, estimate, snapshots, depends_on)
+
+
+def _to_avoid(config: Config, method: Method) -> list[Adapter]:
+    output = Path(config.output).resolve()
+    if any(Path(folder).resolve() == output for folder in config.avoid):
+        raise IntarsiaError(f"avoid names {config.output!r}, the output of this run; leave it out, or write elsewhere")
+    return adapters_to_avoid(config.avoid, method)
 
 
 def step_count(config: Config, rows: int) -> int:
@@ -194,15 +209,20 @@ def show_batch(config: Config, rows: int = 4, pretrained: Pretrained | None = No
     return view(load_data(config, pretrained)[0], pretrained.tokenizer, rows)
 
 
-def settings(config: Config, method: Method, pretrained: Pretrained) -> dict[str, Any]:
-    """All that the result of a run depends on: the config without what is free, the data and the base by digest."""
+def settings(config: Config, method: Method, pretrained: Pretrained, avoid: Iterable[Adapter] = ()) -> dict[str, Any]:
+    """All that the result of a run depends on: the config without what is free, the data, the base and the adapters to avoid by
+    digest."""
     flat = _flat(config.model_dump(mode="json") | {"method": method.config()})
+    others = {"avoid": [adapter.digest[:12] for adapter in avoid]} if config.avoid else {}
     files = {"data.train": config.data.train, "data.eval": config.data.eval}
     digests = {
         f"contents of {key}": hashlib.sha256(Path(path).read_bytes()).hexdigest() for key, path in files.items() if path
     }
     return (
-        {k: v for k, v in flat.items() if k not in FREE} | digests | {"weights of the base": digest(pretrained.model)}
+        {k: v for k, v in flat.items() if k not in FREE}
+        | others
+        | digests
+        | {"weights of the base": digest(pretrained.model)}
     )
 
 

@@ -48,6 +48,7 @@ from intarsia.train.plan import Plan, plan
 from intarsia.train.plots import loss_curve
 from intarsia.train.progress import Log, Pace, Progress, clock
 from intarsia.train.shares import Shares, blank
+from intarsia.train.snapshots import FOLDER, put_in_place, smoothed_loss, snapshot_name
 from intarsia.train.unfinished import LOG, Unfinished, step_of
 
 ADAPTER = "default"  # its name on the model while it is trained
@@ -84,6 +85,7 @@ class Outcome:
     tokens: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    snapshots: list[str] = field(default_factory=list)  # folders
 
     def __str__(self) -> str:
         held = (
@@ -168,6 +170,8 @@ class _Run:
         if checkpoint:
             self.progress.say(f"going on from the checkpoint of step {first}")
             load_adapter_state(self.model, ADAPTER, load_file(checkpoint / "adapter.safetensors"))
+            if first in self.ready.snapshots:  # the run may have ended between checkpoint and snapshot
+                self.take_snapshot(first)
         if first < self.steps:
             self._steps(checkpoint, first)
         eval_loss = self._held_out(self.steps, "held out")
@@ -210,6 +214,29 @@ class _Run:
         loss, tokens = processes.summed(*answer_sums(self.model, self.ready.pretrained.tokenizer, examples, size))
         return loss, int(tokens)
 
+    def take_snapshot(self, step: int) -> None:
+        """Keep the adapter as it is after this step; see :mod:`intarsia.train.snapshots`."""
+        begin = int(self.ready.config.train.snapshots_from * self.steps)
+        after = max([begin, *(other for other in self.ready.snapshots if other < step)])
+        note: dict[str, Any] = {"step": step, "loss": smoothed_loss(self.log.events, after, step)}
+        eval_loss = self._held_out(step, "held out")
+        note |= {} if eval_loss is None else {"eval_loss": eval_loss}
+        adapter = self._adapter(snapshot_name(step), note)
+        folder = self.state.folder / FOLDER / adapter.name
+        processes.first_does(lambda: self._store(adapter, folder))
+        self.progress.say(f"step {step}: snapshot, training loss {note['loss']:.4f}")
+
+    def _adapter(self, called: str, note: dict[str, Any]) -> store.Adapter:
+        adapter = export(self.model, ADAPTER, called=called, note=note)
+        values = self.ready.config.save.values
+        return adapter if values == "exact" else adapter.rounded(values)
+
+    def _store(self, adapter: store.Adapter, folder: Path) -> None:
+        try:
+            store.write(adapter, folder, overwrite=True, coding=self.ready.config.save.coding)
+        except IntarsiaError as error:
+            raise IntarsiaError(f"{error}{self.state.after_failure()}") from error
+
     def _finish(self, base_loss: float | None, eval_loss: float | None, resumed_from: int | None) -> Outcome:
         ready, log = self.ready, self.log
         output = Path(ready.config.output)
@@ -222,9 +249,7 @@ class _Run:
             "training loss": last["loss"],
             **({"held-out loss": eval_loss, "held-out loss of the base": base_loss} if eval_loss is not None else {}),
         }
-        adapter = export(self.model, ADAPTER, called=output.name, note=note)
-        if ready.config.save.values != "exact":
-            adapter = adapter.rounded(ready.config.save.values)
+        adapter = self._adapter(output.name, note)
         outcome = Outcome(
             output=str(output),
             digest=adapter.digest,
@@ -239,6 +264,7 @@ class _Run:
             tokens=last["tokens"],
             seconds=last["seconds"],
             warnings=ready.warnings(),
+            snapshots=[str(output / FOLDER / snapshot_name(step)) for step in ready.snapshots],
         )
         log.write("end", step=self.steps, output=str(output), digest=outcome.digest)
         processes.first_does(lambda: self._write(adapter, output, outcome))
@@ -247,15 +273,13 @@ class _Run:
     def _write(self, adapter: store.Adapter, output: Path, outcome: Outcome) -> None:
         ready, log = self.ready, self.log
         self.state.begin_saving(ready.settings)
-        try:
-            store.write(adapter, output, overwrite=True, coding=ready.config.save.coding)
-        except IntarsiaError as error:
-            raise IntarsiaError(f"{error}{self.state.after_failure()}") from error
+        self._store(adapter, output)
         (output / LOG).write_bytes(log.path.read_bytes())
         (output / CONFIG).write_text(yaml.safe_dump(ready.config.model_dump(mode="json"), sort_keys=False))
         (output / REPORT).write_text(
             json.dumps(asdict(outcome) | {"data": [asdict(report) for report in ready.reports]}, indent=2) + "\n"
         )
+        put_in_place(self.state.folder / FOLDER, output, ready.snapshots)
         loss_curve(log.events, output / CURVE, f"{output.name}: {ready.method.title} on {ready.pretrained.name}")
 
 
@@ -368,8 +392,18 @@ class AdapterTrainer(Trainer):
                 f"{self.run.ready.estimate.lr:g}) and begin anew with resume='never' (--restart)"
             )
 
+        if self.is_due() and not self.run.ready.held_out:  # otherwise after the evaluation that is to come
+            self.run.take_snapshot(step)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        return {"eval_loss": self.run._held_out(self.state.global_step, "held out") or math.nan}
+        loss = self.run._held_out(self.state.global_step, "held out")
+        if self.is_due():
+            self.run.take_snapshot(self.state.global_step)
+        return {"eval_loss": loss or math.nan}
+
+    def is_due(self) -> bool:
+        """Whether a snapshot is to be taken after this step."""
+        return self.state.global_step in self.run.ready.snapshots
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         config = self.run.ready.config.train
@@ -391,8 +425,10 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         compete(trainer.run.model, ADAPTER, state.global_step, state.max_steps)
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or trainer.is_due():
             control.should_log = True
+        if trainer.is_due():
+            control.should_evaluate = bool(trainer.run.ready.held_out)
         if not control.should_log:  # otherwise the line comes with the loss
             trainer.run.progress.step(trainer.pace.after(state.global_step))
         if trainer.signals.agree() is not None:
@@ -512,7 +548,7 @@ def _attached(ready: Plan, progress: Progress, checkpoint: Path | None) -> Itera
 
 def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
     model, config = ready.pretrained.model, ready.config
-    given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "seed": config.seed}
+    given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "avoid": ready.avoid, "seed": config.seed}
     if "movement" not in ready.method.needs():
         data = calibration_batches(ready) if ready.method.needs() else None
         attach(model, ready.method, config.targets, **given, data=data, progress=progress.work)

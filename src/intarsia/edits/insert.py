@@ -1,0 +1,150 @@
+"""The insert: what no change of a weight can say.    y' = y + c g(v),  v = x or y of one layer
+
+A small function beside one layer, of tensors and facts. What functions there are: :data:`INSERTED`; a further kind is one
+file with a class like :class:`intarsia.edits.bottleneck.Bottleneck`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NoReturn, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from intarsia.edits.edit import KINDS, Edit, want_scale
+from intarsia.errors import IntarsiaError, nearest
+from intarsia.support import Shape
+
+PLACES = ("after", "parallel", "before")
+SITS_AT = frozenset({"linear"})  # the kinds of layers whose x and y are rows of numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Inserted(ABC):
+    """A function g of rows of numbers, (..., n) -> (..., m). Its tensors are fields, named as in a file."""
+
+    what: ClassVar[str]  # its name in a file
+
+    @abstractmethod
+    def __call__(self, v: Tensor) -> Tensor:
+        """(..., n) -> (..., m), in v's dtype and on its device."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The numbers, by the name that they have in a file."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What a file must say besides the numbers, as plain JSON values."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, inputs: int, outputs: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`tensors` and :meth:`facts`. Raises IntarsiaError where they make no g of n inputs, m outputs."""
+
+    @abstractmethod
+    def times(self, factor: float) -> Self:
+        """factor g."""
+
+    @abstractmethod
+    def through(self, W: Tensor) -> Self:
+        """g and then a matrix: W g(v), W (k, m)."""
+
+    @property
+    @abstractmethod
+    def multiplications(self) -> int:
+        """Of numbers, for one token."""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same function of changed tensors."""
+        return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
+
+
+INSERTED: dict[str, type[Inserted]] = {}  # what can be inserted, by its name in a file
+
+
+@dataclass(frozen=True, eq=False)
+class Insert(Edit):
+    """y' = y + scale g(v) beside a layer y = W x + b, by ``place``:
+
+    after: v = y, g (O -> O), as adapters in series; parallel: v = x, g (I -> O); before: y' = y + scale W g(x), g (I -> I), which
+    is W (x + scale g(x)) + b, the layer with an adapter in series before it. W is the base's own.
+
+    Several inserts at one layer read the layer's own x and y each, so they add up in any order.
+    """
+
+    inserted: Inserted
+    place: str
+    scale: float = 1.0
+
+    kind = "insert"
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.inserted.tensors()
+
+    def facts(self) -> dict[str, Any]:
+        return {"what": self.inserted.what, "place": self.place, "scale": self.scale} | self.inserted.facts()
+
+    @classmethod
+    def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
+        what, place = facts.get("what"), facts.get("place")
+        if not isinstance(what, str) or what not in INSERTED:
+            raise IntarsiaError(f"unknown insert {what!r}; {nearest(str(what), INSERTED)}")
+        if place not in PLACES:
+            raise IntarsiaError(f"place is {place!r}; expected one of {', '.join(PLACES)}")
+        return cls(shape, INSERTED[what].build(*sizes(place, shape), tensors, facts), place, want_scale(facts))
+
+    def change(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
+        """What is added to y. x (..., I), y (..., O), the layer's own weight W (O, I) for one that stands before it. -> (..., O)."""
+        added = self.inserted(y if self.place == "after" else x)
+        if self.place == "before":
+            assert W is not None
+            added = F.linear(added, W.to(added))
+        return added if self.scale == 1 else self.scale * added
+
+    def ready(self, factor: float, base: Callable[[], Tensor], dtype: torch.dtype) -> Insert:
+        """The same times ``factor`` for a layer that computes in ``dtype``: rounded once, the factors and W multiplied in.
+
+        ``base()`` is the layer's own weight (O, I); it is asked where the insert stands before the layer, whose cost it
+        has then no more: W g(x) is one function like any other in parallel.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        inserted, place = self.inserted.mapped(lambda tensor: tensor.to(wide)).times(factor * self.scale), self.place
+        if place == "before":
+            inserted, place = inserted.through(base().to(wide)), "parallel"
+        return replace(self, inserted=inserted.mapped(lambda tensor: tensor.to(dtype)), place=place, scale=1.0)
+
+    def rounded(self, dtype: torch.dtype) -> Edit:
+        # A number that stands alone multiplies all of the function, and takes no room.
+        return replace(self, inserted=self.inserted.mapped(lambda tensor: tensor.to(dtype) if tensor.ndim else tensor))
+
+    def in_weight(self) -> None:
+        return None
+
+    def inserts(self) -> list[tuple[float, Insert]]:
+        return [(1.0, self)]
+
+    def fold(self, W: Tensor) -> NoReturn:
+        raise IntarsiaError(
+            f"an insert ({self.inserted.what}) is computed beside its layer for every token and folds into no weight"
+        )
+
+    def delta(self, W: Tensor) -> NoReturn:
+        self.fold(W)
+
+    @property
+    def touched(self) -> int:
+        return 0
+
+
+def sizes(place: str, shape: Shape) -> tuple[int, int]:
+    """How many numbers a function at this place reads and makes, beside a weight of this (O, I)."""
+    outputs, inputs = shape
+    return {"after": (outputs, outputs), "parallel": (inputs, outputs), "before": (inputs, inputs)}[place]
+
+
+KINDS[Insert.kind] = Insert

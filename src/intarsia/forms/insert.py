@@ -1,0 +1,63 @@
+"""The insert form: a small function beside a layer, which no change of its weight can say.    y' = y + s g(v)"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from intarsia.edits import SITS_AT, Edit, Inserted
+from intarsia.edits import Insert as InsertEdit
+from intarsia.errors import IntarsiaError
+from intarsia.method import Below, Method, Start
+from intarsia.site import Site
+
+
+class Insert(Method):
+    """State: the tensors of the function, by its own names for them.
+
+    It stands *after* the layer and reads y (adapters in series), beside it in *parallel* and reads x, or *before* it and changes x.
+    It costs its own products at every token, in training and afterwards.
+    """
+
+    mergeable = False
+    kinds = SITS_AT
+
+    place: str  # of intarsia.edits.PLACES
+    scale: float
+
+    @abstractmethod
+    def inserted(self, p: Any) -> Inserted:
+        """g, of the tensors of p."""
+
+    def forward(self, p: Any, x: Tensor, below: Below) -> Tensor:
+        if self.place == "before":
+            return below(x + self._added(p, x))
+        y = below(x)
+        return y + self._added(p, y if self.place == "after" else x)
+
+    def _added(self, p: Any, v: Tensor) -> Tensor:
+        added = self.inserted(p)(v)
+        return added if self.scale == 1 else self.scale * added
+
+    def fold(self, p: Any, W: Tensor, b: Tensor | None) -> NoReturn:
+        raise IntarsiaError(f"{self.name} is computed beside its layer for every token and folds into no weight")
+
+    def edit(self, p: Any) -> Edit:
+        return InsertEdit(p.shape, self.inserted(p).mapped(lambda t: t.detach().clone()), self.place, self.scale)
+
+    def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
+        fresh = self.edit(SimpleNamespace(shape=site.shape, **self.init(site, Start.at(site.name, 0))))
+        if (edit.kind, edit.facts(), _shapes(edit)) != (fresh.kind, fresh.facts(), _shapes(fresh)):
+            raise IntarsiaError(
+                f"{site.name}: the file has a {edit.kind} edit that its own config does not make: {self}"
+            )
+        wide = torch.promote_types(site.weight.dtype, torch.float32)
+        return {name: nn.Parameter(tensor.to(wide, copy=True)) for name, tensor in edit.tensors().items()}
+
+
+def _shapes(edit: Edit) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in edit.tensors().items()}

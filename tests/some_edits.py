@@ -1,0 +1,44 @@
+"""Small adapters of edits of every kind, without a model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from intarsia import store
+from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.support import Column
+
+BASE = store.Base("0" * 64, "float32", "somewhere")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def adapter_of(edits: dict[str, Edit]) -> store.Adapter:
+    return store.Adapter("a", edits, BASE, {"name": "any"}, {"seed": 0})
+
+
+def low_ranks() -> store.Adapter:
+    """Two weights whose numbers are of very different sizes."""
+    return adapter_of(
+        {
+            "up.weight": LowRank((30, 20), 0.3 * normal(30, 4), normal(4, 20, seed=1), 2.0),
+            "down.weight": LowRank((20, 30), 0.01 * normal(20, 4, seed=2), normal(4, 30, seed=3), 2.0),
+        }
+    )
+
+
+def every_kind() -> dict[str, Edit]:
+    small = elements((12, 10), torch.arange(40) * 3, normal(40))
+    low = LowRank((12, 10), normal(12, 3), normal(3, 10), 1.5)
+    return {
+        "elements": small,
+        "columns": Sparse((12, 10), Column(), torch.tensor([1, 4]), normal(12, 2)),
+        "low_rank": low,
+        "dense": Dense((12, 10), normal(12, 10)),
+        "kronecker": Kronecker((12, 10), normal(3, 2), normal(4, 5), 0.5),
+        "sum": Sum((12, 10), (small, low), (1.0, 0.5)),
+        "rescaled": Rescaled((12, 10), low, torch.ones(12)),
+    }
