@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from intarsia.analyze.repair import decomposed
-from intarsia.edits import Edit
+from intarsia.analyze.product import Directions, directions
+from intarsia.analyze.reduced import reduced
+from intarsia.edits import Dense, Edit
 from intarsia.errors import IntarsiaError
 
 
@@ -38,22 +39,22 @@ def subspace_alignment(
         )
     if not 0 <= above < 1:
         raise IntarsiaError(f"above={above!r}; expected a share of the largest singular value, 0 or more and below 1")
-    (U1, S1, V1), (U2, S2, V2) = (_kept(_svd(matrix, weight), above) for matrix in (one, other))
-    lengths = float(S1.norm() * S2.norm())
+    first, second = (_kept(_directions(matrix, weight), above) for matrix in (one, other))
+    lengths = float(first.s.norm() * second.s.norm())
     if not lengths:
         return 0.0
-    inner = (S1[:, None] * (U1.mT @ U2) * (V1 @ V2.mT) * S2).sum()
+    inner = (first.s[:, None] * (first.U.mT @ second.U) * (first.V.mT @ second.V) * second.s).sum()
     return max(-1.0, min(1.0, float(inner) / lengths))
 
 
-def _svd(matrix: Tensor | Edit, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _directions(matrix: Tensor | Edit, weight: Tensor | None) -> Directions:
     if isinstance(matrix, Edit):
-        return decomposed(matrix, weight)
+        return directions(reduced(matrix, weight))
+    rows, columns = matrix.shape
     wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-    return torch.linalg.svd(wide, full_matrices=False)  # type: ignore[no-any-return]
+    return directions(Dense((rows, columns), wide))
 
 
-def _kept(svd: tuple[Tensor, Tensor, Tensor], above: float) -> tuple[Tensor, Tensor, Tensor]:
-    U, S, Vh = (part.double() for part in svd)
-    kept = above * S[0] < S if len(S) else S > 0
-    return U[:, kept], S[kept], Vh[kept]
+def _kept(one: Directions, above: float) -> Directions:
+    kept = one.s > above * one.s[:1]
+    return Directions(one.U[:, kept].double(), one.s[kept].double(), one.V[:, kept].double())

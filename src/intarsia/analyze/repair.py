@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from intarsia.analyze.change import base_weight, change_norm
 from intarsia.analyze.intruders import Intruders
-from intarsia.analyze.spectrum import change_of
+from intarsia.analyze.product import directions
+from intarsia.analyze.reduced import reduced
 from intarsia.edits import Edit, LowRank, add
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter
@@ -71,24 +71,14 @@ def truncated(edit: Edit, rank: int, weight: Tensor | None = None, scale: float 
     scale = (edit.scale if isinstance(edit, LowRank) else 1.0) if scale is None else scale
     if not scale:
         raise IntarsiaError("a low-rank edit of scale 0 changes nothing; give the scale of the new one")
-    U, S, Vh = decomposed(edit, weight)
+    found = directions(reduced(edit, weight))
+    U, S, V = found.U, found.s, found.V
     total = float(S.double().norm())
     # A negative scale is kept, as whoever restores the adapter knows it; one of the factors takes the sign.
     root = (S[:rank] / abs(scale)).sqrt()
-    B, A = U[:, :rank] * root, math.copysign(1.0, scale) * root[:, None] * Vh[:rank]
+    B, A = U[:, :rank] * root, math.copysign(1.0, scale) * root[:, None] * V[:, :rank].mT
     lost = float(S[rank:].double().norm()) / total if total else 0.0
     return LowRank(edit.shape, B.contiguous(), A.contiguous(), scale), lost
-
-
-def decomposed(edit: Edit, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A thin SVD of the change; by its factors where it is low-rank: B = P R, A^T = Q T, R T^T is (r, r)."""
-    if not isinstance(edit, LowRank) or edit.A.shape[0] >= min(edit.shape):
-        return torch.linalg.svd(change_of(edit, weight), full_matrices=False)  # type: ignore[no-any-return]
-    wide = torch.promote_types(torch.promote_types(edit.B.dtype, edit.A.dtype), torch.float32)
-    P, R = torch.linalg.qr(edit.B.to(wide))
-    Q, T = torch.linalg.qr(edit.A.mT.to(wide))
-    U, S, Vh = torch.linalg.svd(edit.scale * (R @ T.mT))
-    return P @ U, S, Vh @ Q.mT
 
 
 @dataclass(frozen=True, eq=False)
