@@ -113,7 +113,12 @@ def test_after_a_merge_each_skill_is_measured(intarsia, world, config, tmp_path)
 def test_what_is_measured_is_what_was_written(intarsia, world, config, tmp_path, monkeypatch):
     measured = []
     after = reporting.after
-    monkeypatch.setattr(reporting, "after", lambda *given: measured.append(given[2]) or after(*given))
+
+    def heard(*given):
+        measured.append(given[2])
+        return after(*given)
+
+    monkeypatch.setattr(reporting, "after", heard)
     intarsia("merge", config("spells", "counts", values="bfloat16"), "--data", f"spells={world.rows}", "--rows", 1)
     written = store.read(tmp_path / "both")
     assert written.about["rounded"] == "bfloat16"

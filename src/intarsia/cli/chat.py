@@ -50,7 +50,7 @@ def chat(
     from intarsia.deck import Deck
 
     with terminal.progress() as progress:
-        pretrained = given.load_model(model, progress)
+        pretrained = given.load_base(found, model, progress) if found else given.load_model(model, progress)
         deck = Deck(pretrained.model)
         deck.add(*found.values())
     settings = Settings(max_new_tokens, temperature, top_p, seed, system)

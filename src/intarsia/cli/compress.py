@@ -150,14 +150,7 @@ class _Bench:
         from intarsia.evaluate import Task
         from intarsia.train.data import load_examples
 
-        named = {adapter.name: adapter}
-        pretrained = given.load_model(
-            given.base_of(named, model),
-            progress,
-            named=model is not None,
-            adapters=list(named),
-            dtype=adapter.base.dtype,
-        )
+        pretrained = given.load_base({adapter.name: adapter}, model, progress)
         tasks = []
         for name, path in files.items():
             examples, report = load_examples(path, pretrained.tokenizer, format=format, max_length=max_length)

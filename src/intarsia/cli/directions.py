@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from intarsia.store import Adapter
     from intarsia.train.progress import Progress
 
-FLOATS = ("float32", "bfloat16", "float16", "float64")
 MOST = 20  # rows of the table; the rest is counted
 
 Top = Annotated[int, typer.Option("--top", min=1, help="Leading directions of each weight to look at.")]
@@ -29,9 +28,7 @@ def base_weights(adapter: Adapter, model: str, progress: Progress, *, named: boo
     from intarsia.model import check_fits, digest
     from intarsia.site import site_at
 
-    # An adapter may have been made on the model in another dtype than its file's; whether it was, the digest says.
-    dtype = adapter.base.dtype if adapter.base.dtype in FLOATS else "auto"
-    loaded = given.load_model(model, progress, named=named, adapters=[adapter.name], dtype=dtype).model
+    loaded = given.load_model(model, progress, named=named, adapters=[adapter.name], dtype=adapter.base.dtype).model
     check_fits(loaded, adapter, adapter.name, digest(loaded))
     # On the CPU, where an adapter's numbers are.
     return {name: site_at(loaded, name.removesuffix(".weight")).weight.detach().cpu() for name in adapter.edits}

@@ -47,9 +47,7 @@ def evaluate(
     if "base" in found:
         raise IntarsiaError("an adapter named 'base' would be taken for the base; give it another name: other=FOLDER")
     with terminal.progress() as progress:
-        pretrained = given.load_model(
-            given.base_of(found, model), progress, named=model is not None, adapters=list(found)
-        )
+        pretrained = given.load_base(found, model, progress)
         tasks, reports = _tasks(names, pretrained, format, rows, max_length, skip_bad_rows, answers)
         for report in reports.values():
             progress.say(str(report))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from intarsia.errors import IntarsiaError
 
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+
 if TYPE_CHECKING:
     from intarsia.pretrained import Pretrained
     from intarsia.store import Adapter
@@ -82,6 +84,19 @@ def base_of(adapters: Mapping[str, Adapter], model: str | None) -> str:
     return sources[0]
 
 
+def load_base(adapters: Mapping[str, Adapter], model: str | None, progress: Progress) -> Pretrained:
+    """Load the base of adapters, in the type that they were made on: in another one it would be another base.
+
+    Raises:
+        IntarsiaError: for adapters of different bases, and a model that is not named or cannot be loaded.
+    """
+    name = base_of(adapters, model)
+    dtypes = {adapter.base.dtype for adapter in adapters.values()}
+    return load_model(
+        name, progress, named=model is not None, adapters=list(adapters), dtype=dtypes.pop() if len(dtypes) == 1 else "auto"
+    )  # fmt: skip
+
+
 def load_model(
     name: str, progress: Progress, *, named: bool = True, adapters: Sequence[str] = (), dtype: str = "auto"
 ) -> Pretrained:
@@ -96,6 +111,7 @@ def load_model(
 
     try:
         packed = dtype in LOAD_IN
+        dtype = dtype if packed or dtype in FLOATS else "auto"
         return pretrained.load(
             name, dtype="auto" if packed else dtype, load_in=dtype if packed else None,
             device="cuda" if torch.cuda.is_available() else None, progress=progress.say,

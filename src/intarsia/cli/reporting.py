@@ -120,9 +120,7 @@ def print_before(found: Interference) -> None:
 # ------------------------------------------------------------------ after
 def model_of(ready: Plan, recipe: Recipe, progress: Progress) -> Pretrained:
     """The adapters' base, in the dtype that they were made in: in another one it would be another base."""
-    name = given.base_of(ready.adapters, recipe.model)
-    dtype = next(iter(ready.adapters.values())).base.dtype
-    return given.load_model(name, progress, named=recipe.model is not None, adapters=list(ready.adapters), dtype=dtype)
+    return given.load_base(ready.adapters, recipe.model, progress)
 
 
 def tasks_of(asked: Asked, pretrained: Pretrained, progress: Progress) -> tuple[dict[str, Task], list[Task]]:
