@@ -1,0 +1,240 @@
+"""Fusing skills: how much of each is left, for sparse adapters and LoRA, two and three at a time, by equal and by searched weights.
+
+    python bench/fusing.py train      # one adapter a method, skill and seed
+    python bench/fusing.py measure    # fuse two and three: weights of 1, of 1 / n, searched ones, and the ways of HF PEFT
+    python bench/fusing.py page       # the tables of docs/fusing.md and their picture
+
+All go on where they were stopped; rows go to bench/results/fusing.jsonl.
+
+The demo's three skills on SmolLM2-135M in float32, all methods at the count of a LoRA of rank 3. Adapters go to out/fusing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import heapq
+import inspect
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+from runs import fill
+
+from intarsia import pretrained, store
+from intarsia.bench.machine import machine
+from intarsia.deck import Deck
+from intarsia.demo import skills
+from intarsia.interop import convert
+from intarsia.merge import Wanted, settle
+from intarsia.merge.search import Live, Task, find_weights
+from intarsia.merge.search.weights import ranges_of
+from intarsia.store import Adapter
+from intarsia.train.config import make_config
+from intarsia.train.data import load_examples
+from intarsia.train.progress import Progress
+from intarsia.train.trainer import train
+
+OUT, RESULTS = Path("out/fusing"), Path(__file__).parent / "results" / "fusing.jsonl"
+SEARCHED = 32  # of the 96 held-out rows of each skill; the others are reported on
+TRIALS = {2: 16, 3: 30}
+SKILLS = ("phonemes", "docstring", "names")
+STEPS = {"phonemes": 60, "docstring": 20, "names": 40}
+SEEDS = (0, 1, 2)
+DENSITY = 0.00862  # of SmolLM2's linear weights: as many as LoRA of rank 3 has
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "rank": 3},
+    "shira-wm": {"name": "shira", "scorer": "magnitude", "density": DENSITY},
+    "shira-rand": {"name": "shira", "density": DENSITY},
+    "paca": {"name": "paca", "rank": 6},
+    "shira-snip": {"name": "shira", "scorer": "snip", "density": DENSITY},
+    "s2ft": {"name": "s2ft", "o": 0.045, "down": 0.0175},
+    # The next largest entries for each further skill; the first one's are those of shira-wm.
+    "shira-disjoint": {"name": "shira", "scorer": "magnitude", "density": DENSITY},
+}  # fmt: skip
+
+
+def folder(method: str, skill: str, seed: int) -> Path:
+    if method == "shira-disjoint" and skill == SKILLS[0]:
+        method = "shira-wm"
+    return OUT / "adapters" / f"{method}-{skill}-{seed}"
+
+
+def train_all(seeds: Sequence[int]) -> None:
+    base = pretrained.load("smollm2-135m", dtype="float32")
+    learnt = {skill.name: skill for skill in skills.load(list(SKILLS))}
+    files = {name: skill.write(OUT / "data") for name, skill in learnt.items()}
+    for seed in seeds:
+        for method, settings in METHODS.items():
+            for skill in SKILLS:
+                place = folder(method, skill, seed)
+                if place.exists():
+                    continue
+                earlier = SKILLS[: SKILLS.index(skill)] if method == "shira-disjoint" else ()
+                start = time.perf_counter()
+                config = make_config(
+                    {
+                        "model": "smollm2-135m",
+                        "dtype": "float32",
+                        "data": {"train": str(files[skill][0]), "eval": str(files[skill][1]), "eval_rows": 32},
+                        "method": dict(settings),
+                        "output": str(place),
+                        # Skills have seeds of their own: random supports then meet by chance only.
+                        "seed": seed + 10 * SKILLS.index(skill),
+                        "avoid": [str(folder(method, one, seed)) for one in earlier],
+                        "train": {"steps": STEPS[skill], "batch_size": 8, "warmup": 0.15,
+                                  "eval_every": STEPS[skill], "save_every": STEPS[skill]},
+                    }
+                )  # fmt: skip
+                outcome = train(config, pretrained=base, progress=Progress(), resume="never")
+                print(
+                    f"{place.name}: {outcome.base_loss:.3f} -> {outcome.eval_loss:.3f}, {outcome.trained:,} values, "
+                    f"{time.perf_counter() - start:.0f} s",
+                    flush=True,
+                )
+
+
+# ------------------------------------------------------------------ measuring
+class Bench:
+    """The model, rows to search on and rows to report on, and other text."""
+
+    def __init__(self) -> None:
+        self.base = pretrained.load("smollm2-135m", dtype="float32")
+        self.rows, self.search_rows = {}, {}
+        for name in SKILLS:
+            examples, _ = load_examples(OUT / "data" / f"{name}-eval.jsonl", self.base.tokenizer)
+            self.search_rows[name], self.rows[name] = examples[:SEARCHED], examples[SEARCHED:]
+        self.other = load_examples(_other_text(), self.base.tokenizer, format="text", max_length=128)[0]
+        self.deck = Deck(self.base.model)
+        self.live = Live(self.base.model, self.base.tokenizer)
+
+    def losses(self, names: Sequence[str]) -> dict[str, float]:
+        """Of the model as it is now: each skill, and other text."""
+        rows = {name: self.rows[name] for name in names} | {"other": self.other}
+        return self.live.losses(rows)
+
+    def adapters(self, method: str, names: Sequence[str], seed: int) -> dict[str, Adapter]:
+        return {name: store.open(folder(method, name, seed)) for name in names}
+
+    def measure(self, case: dict[str, Any]) -> dict[str, Any]:
+        names, method, seed, how = case["skills"].split("+"), case["method"], case["seed"], case["how"]
+        if how == "base":
+            return {"losses": self.losses(SKILLS)}
+        adapters = self.adapters(method, names, seed)
+        weight = 1 / len(names) if how.endswith("mean") else 1.0
+        if how.startswith("peft-"):
+            return {"losses": self._peft(adapters, how.split("-")[1], weight)}
+        if how == "searched":
+            return self._searched(adapters, seed)
+        return self._fused(adapters, dict.fromkeys(names, weight))
+
+    def _fused(self, adapters: dict[str, Adapter], weights: dict[str, float]) -> dict[str, Any]:
+        self.deck.add(**adapters)  # type: ignore[arg-type]
+        try:
+            self.deck.fuse(weights)
+            return {"losses": self.losses(list(adapters))}
+        finally:
+            self.deck.off()
+            for name in adapters:
+                self.deck.remove(name)
+
+    def _searched(self, adapters: dict[str, Adapter], seed: int) -> dict[str, Any]:
+        plan = settle(adapters, Wanted("sum", {}, {}, 0))
+        names = list(adapters)
+        task = Task(
+            plan,
+            {name: self.search_rows[name] for name in names},
+            {name: self.rows[name] for name in names},
+            ranges_of((0.0, 2.0)),
+            seed=seed,
+        )
+        found = find_weights(task, self.live, trials=TRIALS[len(names)])
+        best = found.search.best.point
+        weights = {d.adapter: best[d.name] for d in found.search.space}
+        trials = len(found.search.trials)
+        return self._fused(adapters, weights) | {"weights": weights, "trials": trials, "search_s": found.search.seconds}
+
+    def _peft(self, adapters: dict[str, Adapter], way: str, weight: float) -> dict[str, float]:
+        """HF PEFT's own merge of the same LoRAs."""
+        with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, adapter in adapters.items():
+                store.write(adapter, Path(place) / f"{name}-ours")
+                convert(Path(place) / f"{name}-ours", Path(place) / name, "peft-lora", load=lambda _: self.base)
+            first, *others = adapters
+            wrapped = peft.PeftModel.from_pretrained(self.base.model, str(Path(place) / first), adapter_name=first)
+            try:
+                for name in others:
+                    wrapped.load_adapter(str(Path(place) / name), adapter_name=name)
+                more = {"density": 0.5} if way == "ties" else {}
+                wrapped.add_weighted_adapter(
+                    list(adapters), [weight] * len(adapters), "merged", combination_type=way, **more
+                )
+                wrapped.set_adapter("merged")
+                return Live(wrapped, self.base.tokenizer).losses(
+                    {name: self.rows[name] for name in adapters} | {"other": self.other}
+                )
+            finally:
+                wrapped.unload()
+
+
+def _other_text() -> Path:
+    """Paragraphs of the standard library's longest docstrings on other subjects: plain English that no skill trains."""
+    path = OUT / "data" / "other.jsonl"
+    texts = [inspect.getdoc(module) or "" for module in (argparse, doctest, heapq, random, statistics)]
+    parts = [" ".join(part.split()) for text in texts for part in text.split("\n\n")]
+    kept = [part for part in parts if len(part) > 150][:24]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in kept), encoding="utf-8")
+    return path
+
+
+def cases(seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Singles, fusions by weights of 1 and of 1 / n, PEFT's, and searched ones: of three for all seeds, of two for the first."""
+    pairs = ["+".join(pair) for pair in itertools.combinations(SKILLS, 2)]
+    three, found = "+".join(SKILLS), []
+    for seed in seeds:
+        found += [{"method": m, "skills": s, "seed": seed, "how": "single"} for m in METHODS for s in SKILLS]
+        found += [
+            {"method": m, "skills": s, "seed": seed, "how": how}
+            for how in ("ones", "mean")
+            for m in METHODS
+            for s in (three, *pairs)
+        ]
+        found += [{"method": "lora", "skills": s, "seed": seed, "how": f"peft-{way}-{how}"} for how in ("ones", "mean")
+                  for way in ("linear", "ties", "svd") for s in ((three, *pairs) if way != "svd" else (three,))]  # fmt: skip
+        found += [{"method": m, "skills": three, "seed": seed, "how": "searched"} for m in METHODS]
+    found += [
+        {"method": m, "skills": s, "seed": seed, "how": "searched"}
+        for seed in seeds[:1]
+        for m in METHODS
+        for s in pairs
+    ]
+    return found
+
+
+def measure(seeds: Sequence[int]) -> None:
+    bench = Bench()
+    table = RESULTS if list(seeds) == list(SEEDS) else RESULTS.with_suffix(f".{'-'.join(map(str, seeds))}.jsonl")
+    RESULTS.with_suffix(".about.json").write_text(json.dumps(machine(), indent=2) + "\n")
+    base = {"method": "", "skills": "+".join(SKILLS), "seed": 0, "how": "base"}
+    fill(table, [base, *(case for case in cases(seeds) if _there(case))], bench.measure)
+
+
+def _there(case: dict[str, Any]) -> bool:
+    return all(folder(case["method"], skill, case["seed"]).exists() for skill in case["skills"].split("+"))
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("what", choices=["train", "measure"])
+    arguments.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    given = arguments.parse_args()
+    train_all(given.seeds) if given.what == "train" else measure(given.seeds)
