@@ -8,7 +8,9 @@ Trained: b (n + m) numbers a layer, n read and m made: after 2 b O, before 2 b I
 up phi(down x)) + b (their mh_adapter, for gate and up: series); or in parallel, reading x. AdapterH is ``after`` at o_proj and down_proj,
 AdapterP at down_proj alone. ``start="mam"``: down ~ Kaiming uniform (a = sqrt 5), up = 0, the base itself at the start; ``"bert"``: both
 ~ N(0, 0.02^2), the authors' default, which does not start as the base. No biases, as in the authors' code. The width of the paper is 256.
-Deviations: no dropout (theirs is 0); ``mam`` is our default, tanh is theirs. The learning rate is the paper's, not measured here.
+Deviations: no dropout (theirs is 0); ``mam`` is our default, tanh is theirs. The learning rate is LoRA's, which this is while it bends
+little; the paper's 3e-4 is for thousands of steps (SmolLM2-135M, words to phonemes, width 16, 20 steps of 8, one seed: held-out loss
+6.50 at 3e-4, 2.88 at 2e-3, 2.73 at 6e-3, from 9.48).
 """
 
 import math
@@ -36,7 +38,7 @@ class Bottleneck(Insert):
 
     name, title, paper = "bottleneck", "Bottleneck adapters", "arXiv:2304.01933"
     formula, trained = "y' = y + s up phi(down v), v = x or y", "b (n + m)"
-    default_lr = 3e-4
+    default_lr = 4e-3
     small = ({"width": 3}, {"width": 2, "place": "after", "activation": "gelu", "scale": 2.0, "train_scale": True},
              {"width": 2, "place": "before", "activation": "silu", "start": "bert"})  # fmt: skip
 
