@@ -24,8 +24,8 @@ PUBLIC = {
 }  # fmt: skip
 
 SIGNATURES = {
-    "attach": "model, method, targets, name, exclude, data, loss, seed, progress, gathered",
-    "lottery": "model, method, train, targets, name, exclude, iterations, seed",
+    "attach": "model, method, targets, name, exclude, avoid, data, loss, seed, progress, gathered",
+    "lottery": "model, method, train, targets, name, exclude, avoid, iterations, seed",
     "regrow": "model, name, optimizer, data, share, scorer, loss",
     "activate": "model, names",
     "detach": "model, name",
