@@ -30,11 +30,12 @@ import peft
 from runs import fill
 
 from intarsia import pretrained, store
+from intarsia.analyze import write_picture
 from intarsia.bench.machine import machine
 from intarsia.deck import Deck
 from intarsia.demo import skills
 from intarsia.interop import convert
-from intarsia.merge import Wanted, settle
+from intarsia.merge import Wanted, retained_share, settle
 from intarsia.merge.search import Live, Task, find_weights
 from intarsia.merge.search.weights import ranges_of
 from intarsia.store import Adapter
@@ -43,7 +44,9 @@ from intarsia.train.data import load_examples
 from intarsia.train.progress import Progress
 from intarsia.train.trainer import train
 
-OUT, RESULTS = Path("out/fusing"), Path(__file__).parent / "results" / "fusing.jsonl"
+OUT, ROOT = Path("out/fusing"), Path(__file__).parent.parent
+RESULTS, PAGE = ROOT / "bench" / "results" / "fusing.jsonl", ROOT / "docs" / "fusing.md"
+PICTURE = ROOT / "docs" / "images" / "fusing.png"
 SEARCHED = 32  # of the 96 held-out rows of each skill; the others are reported on
 TRIALS = {2: 16, 3: 30}
 SKILLS = ("phonemes", "docstring", "names")
@@ -232,9 +235,167 @@ def _there(case: dict[str, Any]) -> bool:
     return all(folder(case["method"], skill, case["seed"]).exists() for skill in case["skills"].split("+"))
 
 
+# ------------------------------------------------------------------ the page
+TITLES = {"lora": "LoRA", "shira-wm": "SHiRA, largest weights", "shira-rand": "SHiRA, random", "shira-snip": "SHiRA, SNIP",
+          "shira-disjoint": "SHiRA, disjoint", "paca": "PaCA", "s2ft": "S2FT"}  # fmt: skip
+WAYS = {"ones": "weights of 1", "mean": "weights of 1 / n", "searched": "searched",
+        **{f"peft-{way}-{how}": f"PEFT {way}, {said}" for how, said in (("ones", "1"), ("mean", "1 / n"))
+           for way in ("linear", "svd", "ties")}}  # fmt: skip
+Shares = dict[str, float]  # skill -> retained share of its gain; "other": what the loss on other text rose by
+
+
+def rows() -> list[dict[str, Any]]:
+    files = sorted(RESULTS.parent.glob("fusing*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def shares(table: list[dict[str, Any]]) -> dict[tuple[str, str, str, int], Shares]:
+    """(method, how, skills, seed) -> what is left."""
+    base = next(row["losses"] for row in table if row["how"] == "base")
+    single = {(r["method"], r["skills"], r["seed"]): r["losses"][r["skills"]] for r in table if r["how"] == "single"}
+    found = {}
+    for row in table:
+        if row["how"] in ("base", "single"):
+            continue
+        names = row["skills"].split("+")
+        kept = {n: retained_share(base[n], single[row["method"], n, row["seed"]], row["losses"][n]) for n in names}
+        found[row["method"], row["how"], row["skills"], row["seed"]] = {
+            **{n: share for n, share in kept.items() if share is not None},
+            "other": row["losses"]["other"] - base["other"],
+        }
+    return found
+
+
+def worst(kept: Shares) -> float:
+    return min(share for name, share in kept.items() if name != "other")
+
+
+def write_page() -> None:
+    table = rows()
+    kept, three = shares(table), "+".join(SKILLS)
+    text = PAGE.read_text()
+    for name, lines in (
+        ("three", _three(kept, three)), ("two", _two(kept)), ("weights", _weights(table, three)), ("alone", _alone(table)),
+    ):  # fmt: skip
+        begin, end = f"<!-- {name}: made by bench/fusing.py -->", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(text)
+    _picture(kept, three)
+
+
+def _three(kept: dict[tuple[str, str, str, int], Shares], three: str) -> list[str]:
+    lines = ["| | " + " | ".join(SKILLS) + " | worst | worst, by seed | mean | other text |", "|---" * 8 + "|"]
+    for how in WAYS:
+        for method in TITLES:
+            of = [kept[key] for key in sorted(kept) if key[:3] == (method, how, three)]
+            if not of:
+                continue
+            each = [f"{statistics.mean(one[skill] for one in of):.0%}" for skill in SKILLS]
+            lowest = [worst(one) for one in of]
+            mean = statistics.mean(one[skill] for one in of for skill in SKILLS)
+            other = statistics.mean(one["other"] for one in of)
+            title = f"{TITLES[method]}, {WAYS[how]}"
+            lines.append(
+                f"| {title} | " + " | ".join(each) + f" | **{statistics.mean(lowest):.0%}** | "
+                + ", ".join(f"{share:.0%}" for share in lowest) + f" | {mean:.0%} | {other:+.2f} |"
+            )  # fmt: skip
+    return lines
+
+
+def _two(kept: dict[tuple[str, str, str, int], Shares]) -> list[str]:
+    pairs = ["+".join(pair) for pair in itertools.combinations(SKILLS, 2)]
+    lines = ["| worst of the two | " + " | ".join(p.replace("+", ", ") for p in pairs) + " | all |", "|---" * 5 + "|"]
+    for how in WAYS:
+        for method in TITLES:
+            cells, every = [], []
+            for pair in pairs:
+                of = [worst(kept[key]) for key in sorted(kept) if key[:3] == (method, how, pair)]
+                every += of
+                cells.append(f"{statistics.mean(of):.0%}" if of else "")
+            if every:
+                lines.append(
+                    f"| {TITLES[method]}, {WAYS[how]} | " + " | ".join(cells) + f" | {statistics.mean(every):.0%} |"
+                )
+    return lines
+
+
+def _weights(table: list[dict[str, Any]], three: str) -> list[str]:
+    lines = ["| | seed | " + " | ".join(SKILLS) + " | trials | seconds |", "|---" * 6 + "|"]
+    for method in TITLES:
+        for row in table:
+            if (row["method"], row["how"], row["skills"]) == (method, "searched", three):
+                found = " | ".join(f"{row['weights'][skill]:.2f}" for skill in SKILLS)
+                lines.append(
+                    f"| {TITLES[method]} | {row['seed']} | {found} | {row['trials']} | {row['search_s']:.0f} |"
+                )
+    return lines
+
+
+def _alone(table: list[dict[str, Any]]) -> list[str]:
+    base = next(row["losses"] for row in table if row["how"] == "base")
+    lines = ["| loss alone | " + " | ".join(SKILLS) + " | other text, mean |", "|---" * 5 + "|"]
+    lines.append("| the base | " + " | ".join(f"{base[skill]:.2f}" for skill in SKILLS) + f" | {base['other']:.2f} |")
+    for method, title in TITLES.items():
+        of = [row for row in table if row["how"] == "single" and row["method"] == method]
+        if of:
+            each = [[r["losses"][s] for r in of if r["skills"] == s] for s in SKILLS]
+            cells = [f"{statistics.mean(one):.2f} ({min(one):.2f} to {max(one):.2f})" for one in each]
+            lines.append(
+                f"| {title} | " + " | ".join(cells) + f" | {statistics.mean(r['losses']['other'] for r in of):.2f} |"
+            )
+    return lines
+
+
+def _picture(kept: dict[tuple[str, str, str, int], Shares], three: str) -> None:
+    """Bars: what is left of the worst of three skills, by method and way; a dot a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bars = [("mean", "weights of 1 / 3", "#9db8d2"), ("searched", "searched weights", "#0a6c74")]
+    groups = [(TITLES[m], m, "") for m in TITLES]
+    groups += [(f"LoRA,\nPEFT {way}", "lora", f"peft-{way}-") for way in ("linear", "svd", "ties")]
+    low = -0.5
+    for number, (_, method, prefix) in enumerate(groups):
+        for place, (how, label, colour) in enumerate(bars):
+            of = [worst(kept[key]) for key in sorted(kept) if key[:3] == (method, prefix + how, three)]
+            if not of:
+                continue
+            x = number + (place - 0.5) * 0.38
+            height = statistics.mean(of)
+            axes.bar(x, max(height, low), 0.36, color=colour, label=label if not number else None)
+            axes.plot([x] * len(of), [max(one, low) for one in of], ".", color="#222222", markersize=4)
+            shown = f"{height:.0%}"
+            axes.annotate(
+                shown,
+                (x, max(height, 0)),
+                ha="center",
+                va="bottom",
+                fontsize=7,
+                xytext=(0, 4),
+                textcoords="offset points",
+            )
+    axes.axhline(0, color="#222222", linewidth=0.8)
+    axes.set_ylim(low, 1.1)
+    axes.set_yticks([-0.5, 0, 0.5, 1], ["-50 % or less", "0", "50 %", "100 %"])
+    axes.set_xticks(range(len(groups)), [title.replace(", ", ",\n") for title, *_ in groups], fontsize=8)
+    axes.set_title(
+        "Three skills fused: what is left of the gain of the worst one (dots: seeds)", loc="left", fontsize=10
+    )
+    axes.legend(fontsize=8, frameon=False, loc="upper right")
+    axes.spines[["top", "right"]].set_visible(False)
+    write_picture(figure, PICTURE)
+
+
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("what", choices=["train", "measure"])
+    arguments.add_argument("what", choices=["train", "measure", "page"])
     arguments.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     given = arguments.parse_args()
-    train_all(given.seeds) if given.what == "train" else measure(given.seeds)
+    if given.what == "page":
+        write_page()
+    else:
+        train_all(given.seeds) if given.what == "train" else measure(given.seeds)

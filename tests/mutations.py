@@ -190,10 +190,10 @@ MUTATIONS = [
     Mutation("what goes out wins in a union", "deck/writer.py", "alone = ~torch.isin(old, new, assume_unique=True)", "alone = torch.ones_like(old, dtype=torch.bool)", "test_deck"),
     Mutation("what goes out wins in machine code", "deck/native.py", "b_bits[j] if take_b else a_bits[i]", "b_bits[j] if b < a else a_bits[i]", "test_deck"),
     Mutation("a line is written twice", "deck/native.py", "if i < i_end and a_index[i] == b_index[j]:", "if False:", "test_deck"),
-    Mutation("whole lines are written twice", "deck/native.py", "i += 1 if i < i_end and a_index[i] == b_index[j] else 0", "i += 0", "test_deck"),
-    Mutation("a deck takes a moved weight for known", "deck/weights.py", "(self[name]._version, *self._seen[name][1:])", "_state(self[name])", "test_deck"),
+    Mutation("whole lines are written twice", "deck/native.py", "i += 1 if b_index[j] == a_index[i] else 0", "i += 0", "test_deck"),
+    Mutation("a deck takes a moved weight for known", "deck/weights.py", "            one.version = one.weight._version", "            one.look()", "test_deck"),
     Mutation("old plans after somebody else wrote", "deck/deck.py", "if not self._weights.changed():", "if True:", "test_deck"),
-    Mutation("a weight that was replaced", "deck/weights.py", "if owner._parameters.get(attribute) is not weight:", "if False:", "test_deck"),
+    Mutation("a weight that was replaced", "deck/weights.py", "if one.owner._parameters.get(one.attribute) is not weight:", "if False:", "test_deck"),
     Mutation("plans without end", "deck/shelf.py", "if self.bytes <= self.memory:", "if True:", "test_deck"),
     Mutation("autograd is not told", "deck/writer.py", "        torch.autograd.graph.increment_version([weights[name] for name in written])", "        pass", "test_deck"),
     Mutation(

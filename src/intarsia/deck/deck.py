@@ -329,7 +329,6 @@ class Deck:
 
     def _look(self) -> None:
         """Notice what others did to the weights: plans know the base's bits, so they are made anew after that."""
-        self._weights.check_in_place()
         if not self._weights.changed():
             return
         for kind in ("plan", "passage"):

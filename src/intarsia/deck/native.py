@@ -70,6 +70,15 @@ def _flip_line(_, at):
     return types.void(at), code
 
 
+@njit(nogil=True, inline="always")
+def _put_lines(base, ahead, to, source, size):
+    """Copy a run of whole lines to number ``to``; have the one with number ``ahead`` fetched."""
+    for byte in range(0, size, LINE):
+        _prefetch(base + np.int64(ahead) * size + byte)
+    for byte in range(0, size, LINE):
+        _copy_line(base + np.int64(to) * size + byte, source + byte)
+
+
 def _merge(addresses, pieces, a_index, a_bits, b_index, b_bits, words, first, last):
     """Write the pieces first ... last: units of ``words`` words, a's where b has none, else b's, in the order of memory.
 
@@ -101,19 +110,22 @@ def _merge(addresses, pieces, a_index, a_bits, b_index, b_bits, words, first, la
                 j += 1
         elif size % LINE == 0:
             a_from, b_from = a_bits.ctypes.data, b_bits.ctypes.data
-            while i < i_end or j < j_end:
-                take_b = j < j_end and (i >= i_end or b_index[j] <= a_index[i])
-                if take_b:
+            while i < i_end and j < j_end:
+                if b_index[j] <= a_index[i]:
                     ahead, to, source = b_index[min(j + AHEAD, j_end - 1)], b_index[j], b_from + j * size
-                    i += 1 if i < i_end and a_index[i] == b_index[j] else 0
+                    i += 1 if b_index[j] == a_index[i] else 0
                     j += 1
                 else:
                     ahead, to, source = a_index[min(i + AHEAD, i_end - 1)], a_index[i], a_from + i * size
                     i += 1
-                for byte in range(0, size, LINE):
-                    _prefetch(base + np.int64(ahead) * size + byte)
-                for byte in range(0, size, LINE):
-                    _copy_line(base + np.int64(to) * size + byte, source + byte)
+                _put_lines(base, ahead, to, source, size)
+            # One list alone takes half the time for each run, and from the base there is one list alone.
+            while i < i_end:
+                _put_lines(base, a_index[min(i + AHEAD, i_end - 1)], a_index[i], a_from + i * size, size)
+                i += 1
+            while j < j_end:
+                _put_lines(base, b_index[min(j + AHEAD, j_end - 1)], b_index[j], b_from + j * size, size)
+                j += 1
         else:
             while i < i_end or j < j_end:
                 if j < j_end and (i >= i_end or b_index[j] <= a_index[i]):

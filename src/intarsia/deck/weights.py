@@ -29,7 +29,7 @@ class Weights:
         self._operators = {
             weight_name(model, name): operator_of(layer) for name, layer in adaptable_layers(model).items()
         }
-        self._seen = {name: _state(self[name]) for name in self._operators}
+        self._watched = {name: _Watched(*self._owners[name]) for name in self._operators}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._owners[name][2]
@@ -63,28 +63,45 @@ class Weights:
         return row
 
     def changed(self) -> bool:
-        """Whether anybody has written or moved a weight since :meth:`saw`."""
-        return any(_state(self[name]) != state for name, state in self._seen.items())
+        """Whether anybody has written or moved a weight since :meth:`saw`.
 
-    def saw(self) -> None:
-        """Take the weights as they are now, and where they lie, for known."""
-        self._seen = {name: _state(self[name]) for name in self._seen}
-
-    def wrote(self, names: Iterable[str]) -> None:
-        """Take what the deck itself has just written for known; one that was moved meanwhile is still found out."""
-        for name in names:
-            self._seen[name] = (self[name]._version, *self._seen[name][1:])
-
-    def check_in_place(self) -> None:
-        """Raise IntarsiaError where a layer has another weight than it had."""
-        for name in self._operators:
-            owner, attribute, weight = self._owners[name]
-            if owner._parameters.get(attribute) is not weight:
+        Raises:
+            IntarsiaError: where a layer has another weight than it had.
+        """
+        found = False
+        for name, one in self._watched.items():  # at every switch, so in one pass over few attributes
+            weight = one.weight
+            if one.owner._parameters.get(one.attribute) is not weight:
                 raise IntarsiaError(
                     f"{name} is another parameter than when the deck was made, so its bits cannot be exchanged; make a new "
                     "deck: intarsia.Deck(model), or put the old parameter back"
                 )
+            # An address tells the device too.
+            if weight._version != one.version or weight.data_ptr() != one.address or weight.dtype is not one.dtype:
+                found = True
+        return found
+
+    def saw(self) -> None:
+        """Take the weights as they are now, and where they lie, for known."""
+        for one in self._watched.values():
+            one.look()
+
+    def wrote(self, names: Iterable[str]) -> None:
+        """Take what the deck itself has just written for known; one that was moved meanwhile is still found out."""
+        for name in names:
+            one = self._watched[name]
+            one.version = one.weight._version
 
 
-def _state(weight: Tensor) -> tuple[object, ...]:
-    return weight._version, weight.data_ptr(), weight.dtype, weight.device
+class _Watched:
+    """A weight, and what it was when the deck last looked."""
+
+    __slots__ = ("address", "attribute", "dtype", "owner", "version", "weight")
+
+    def __init__(self, owner: nn.Module, attribute: str, weight: Tensor) -> None:
+        self.owner, self.attribute, self.weight = owner, attribute, weight
+        self.look()
+
+    def look(self) -> None:
+        weight = self.weight
+        self.version, self.address, self.dtype = weight._version, weight.data_ptr(), weight.dtype
