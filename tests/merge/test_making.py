@@ -242,7 +242,7 @@ def test_other_rules_need_the_base_for_it(trained):
     pair = {n: made[n] for n in ("length", "thin")}
     with pytest.raises(
         IntarsiaError,
-        match=r"length: up.weight: what a rescaled edit changes depends on the base's weight.*model: MODEL.*mwa, sum",
+        match=r"length: up.weight and 2 more: what a rescaled edit changes depends on the base's weight.*model: MODEL.*mwa, sum",
     ):
         merge(pair, rule="ties")
     base = {f"{name}.weight": layer_of(net, name).weight for name in SITES}
@@ -288,7 +288,7 @@ OTHER = Base("1" * 64, "bfloat16", "other/base")
         (_pair(), {"rule": "ties", "parameters": {"rank": [1, 2]}}, "parameters.rank: ties: rank=1.0 is a float; expected"),
         (_pair(), {"parameters": {"weight": {"filter": "self_atn", "value": 1}}}, "parameters.weight: 'self_atn' is part of none of the 2 names of weights"),
         (_pair(**{"head.weight": _sparse(5)}), {"parameters": {"weight": [0, 1]}}, "head.weight is in no numbered layer"),
-        (_pair(), {"rule": "lego"}, "pirate: layers.0.up.weight: lego takes edits that are low rank, and this one .elements. is sparse"),
+        (_pair(), {"rule": "lego"}, "pirate: layers.0.up.weight and 1 more: lego takes edits that are low rank, and this one .elements. is sparse"),
         (_pair(), {"rule": "magnitude", "parameters": {"density": 0}}, "nothing is left of these adapters"),
         (_pair(), {"weights": {"pirate": 1e308, "json": 1e308}, "parameters": {"lambda": 1e308}}, "hold numbers that are not finite"),
     ],
@@ -300,9 +300,7 @@ def test_what_cannot_be_merged(adapters, given, said):
 
 def test_all_that_a_rule_cannot_take_is_told_before_anything_is_made():
     wanted = Wanted("lego", own={"json": settings("json", {"weight": 0})})
-    with pytest.raises(
-        IntarsiaError, match=r"(?s)layers.0.up.weight: lego takes.*layers.2.up.weight: lego takes"
-    ) as told:
+    with pytest.raises(IntarsiaError, match=r"pirate: layers.0.up.weight and 1 more: lego takes") as told:
         check_kinds(settle(_pair(), wanted), False)
     assert "json" not in str(told.value), "an adapter of weight 0 takes no part"
     check_kinds(settle(_pair(), Wanted("ties")), False)

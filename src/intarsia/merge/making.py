@@ -61,6 +61,7 @@ def made(
     planned: Plan, *, name: str = "merged", base: Mapping[str, Tensor] | None = None, progress: Progress | None = None
 ) -> Adapter:
     """The adapter that was planned. Raises IntarsiaError as :func:`merge` does."""
+    check_kinds(planned, base is not None)
     edits: dict[str, Edit] = {}
     faults: list[str] = []
     lost = of = 0.0
@@ -84,12 +85,16 @@ def made(
 
 def check_kinds(planned: Plan, based: bool) -> None:
     """Raise IntarsiaError for edits of a kind that the rule cannot take; ``based``: whether the base's weights are given."""
-    found = (
-        refusal(planned.rules[weight], name, weight, planned.adapters[name].edits[weight], based)
-        for weight in planned.rules
-        for name in planned.terms(weight)
+    found: dict[tuple[str, str], list[str]] = {}
+    for weight, rule in planned.rules.items():
+        for name in planned.terms(weight):
+            if why := refusal(rule, planned.adapters[name].edits[weight], based):
+                found.setdefault((name, why), []).append(weight)
+    faults = (
+        f"{name}: {weights[0]}{f' and {len(weights) - 1} more' if len(weights) > 1 else ''}: {why}"
+        for (name, why), weights in found.items()
     )
-    raise_all(dict.fromkeys(why for why in found if why), "not merged")
+    raise_all(faults, "not merged")
 
 
 def _merged(planned: Plan, weight: str, W: Tensor | None) -> Merged | None:

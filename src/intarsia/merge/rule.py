@@ -143,18 +143,18 @@ def wide(*edits: Edit) -> torch.dtype:
     return dtype
 
 
-def refusal(rule: Rule, adapter: str, name: str, edit: Edit, based: bool) -> str | None:
+def refusal(rule: Rule, edit: Edit, based: bool) -> str | None:
     """Why the rule cannot take an edit, or None. ``based``: whether the base's weight is given."""
     found = kinds_of(edit)
     if rule.takes.intersection(found) or (edit.needs_weight and based and KINDS[2] in rule.takes):
         return None
     if edit.needs_weight and KINDS[2] in rule.takes:
         return (
-            f"{adapter}: {name}: what a {edit.kind} edit changes depends on the base's weight, which {rule.name} needs to "
+            f"what a {edit.kind} edit changes depends on the base's weight, which {rule.name} needs to "
             f"see; name the base (model: MODEL), or take a rule that needs none: {_takers(found)}"
         )
     return (
-        f"{adapter}: {name}: {rule.name} takes edits that are {' or '.join(k for k in KINDS if k in rule.takes)}, and this one "
+        f"{rule.name} takes edits that are {' or '.join(k for k in KINDS if k in rule.takes)}, and this one "
         f"({edit.kind}) is {' and '.join(found)}; rules that take it: {_takers(found)}"
     )
 
@@ -165,8 +165,8 @@ def taken(rule: Rule, adapter: str, name: str, edit: Edit, W: Tensor | None) -> 
     Raises:
         IntarsiaError: where the rule cannot take it.
     """
-    if why := refusal(rule, adapter, name, edit, W is not None):
-        raise IntarsiaError(why)
+    if why := refusal(rule, edit, W is not None):
+        raise IntarsiaError(f"{adapter}: {name}: {why}")
     if rule.takes.intersection(kinds_of(edit)) or W is None:
         return edit
     return Dense(edit.shape, edit.delta(W.detach().to(torch.promote_types(W.dtype, torch.float32))))
