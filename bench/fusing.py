@@ -372,7 +372,7 @@ def _picture(kept: dict[tuple[str, str, str, int], Shares], three: str) -> None:
     bars = [("mean", "weights of 1 / 3", "#9db8d2"), ("searched", "searched weights", "#0a6c74")]
     groups = [(TITLES[m], m, "") for m in TITLES]
     groups += [(f"LoRA,\nPEFT {way}", "lora", f"peft-{way}-") for way in ("linear", "svd", "ties")]
-    low = -0.5
+    low = -0.7
     for number, (_, method, prefix) in enumerate(groups):
         for place, (how, label, colour) in enumerate(bars):
             of = [worst(kept[key]) for key in sorted(kept) if key[:3] == (method, prefix + how, three)]
@@ -385,7 +385,7 @@ def _picture(kept: dict[tuple[str, str, str, int], Shares], three: str) -> None:
             shown = f"{height:.0%}"
             axes.annotate(
                 shown,
-                (x, max(height, 0)),
+                (x, max(height, 0, *of)),
                 ha="center",
                 va="bottom",
                 fontsize=7,
@@ -394,7 +394,7 @@ def _picture(kept: dict[tuple[str, str, str, int], Shares], three: str) -> None:
             )
     axes.axhline(0, color="#222222", linewidth=0.8)
     axes.set_ylim(low, 1.1)
-    axes.set_yticks([-0.5, 0, 0.5, 1], ["-50 % or less", "0", "50 %", "100 %"])
+    axes.set_yticks([low, -0.5, 0, 0.5, 1], ["less", "-50 %", "0", "50 %", "100 %"])
     axes.set_xticks(range(len(groups)), [title.replace(", ", ",\n") for title, *_ in groups], fontsize=8)
     axes.set_title(
         "Three skills fused: what is left of the gain of the worst one (dots: seeds)", loc="left", fontsize=10
