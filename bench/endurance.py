@@ -242,7 +242,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given, wrong = parser.parse_args(), 0
     for dtype in (torch.float32, torch.bfloat16):
-        for writer in ("torch", "auto"):
+        for writer in ("torch", "auto", "staged"):
             start = time.perf_counter()
             found = endure(given.switches, given.adapters, given.threads, given.faults, dtype, writer, given.seed)
             print(
