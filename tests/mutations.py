@@ -256,7 +256,7 @@ MUTATIONS = [
     Mutation("indices out of range", "edits/edit.py", "int(index[-1]) < units", "True", "test_store"),
     Mutation("tensor digests unread", "store/reading.py", "if tensor_digest(tensors[part]) != digests[name]", "if False", "test_store"),
     Mutation("head digest unread", "store/reading.py", 'return bool(whole == head["digest"] and checksum(head) == head["checksum"])', "return True", "test_store"),
-    Mutation("the file is mapped", "store/tensorfile.py", "        entry = self.entries[name]\n        if span", "        entry = self.entries[name]\n        from safetensors.torch import load_file\n        return load_file(self.path)[name]\n        if span", "test_deck"),
+    Mutation("the file is mapped", "store/tensorfile.py", "        entry = self.entries[name]\n        if span", "        entry = self.entries[name]\n        from safetensors.torch import load_file\n        return load_file(self.path)[name]\n        if span", "test_store_lazy"),
     Mutation("the old adapter is not put back", "store/writing.py", "            old.rename(folder)\n", "", "test_store"),
     Mutation("two renames instead of one exchange", "store/writing.py", "if not folder.is_symlink() and _exchange(aside, folder):", "if False:", "test_store"),
     Mutation("a support is taken for drawn", "support/choose.py", "if torch.equal(drawn.index(units, count), index)", "if True", "test_store_codings"),
