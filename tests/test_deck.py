@@ -749,6 +749,8 @@ def test_what_was_sent_to_the_device_goes_when_there_is_no_room():
     assert len(staged._sent) == 1
     deck.use("elements")
     assert len(staged._sent) == 1  # what was fetched was written
+    deck.prefetch("elements").result()
+    assert len(staged._sent) == 1  # it is set in: there is nothing to send
     for name in ("columns", "largest"):
         deck.use(name)
     assert len(staged._sent) == 3

@@ -104,6 +104,10 @@ def test_the_schema(intarsia):
         (["{config}", "merge_metod=ties"], "unknown key 'merge_metod'; did you mean 'merge_method'"),
         (["{config}", "merge_method=tise"], "unknown merge method 'tise'; did you mean 'ties'"),
         (["{config}", "parameters.lamda=1"], "parameters.lamda: sum has no parameter 'lamda'; did you mean 'lambda'"),
+        (
+            ["{config}", "adapters.spels.parameters.weight=1"],
+            "no adapter 'spels' is merged; did you mean 'spells'?",
+        ),
         (["{config}", "adapters.spells.parameters.weight=.nan"], "the weight of 'spells' is nan"),
         (
             ["{config}", "adapters.spells.parameters.weight=heavy"],

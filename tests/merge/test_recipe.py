@@ -76,7 +76,7 @@ def test_overrides_name_an_adapter_or_its_place(config):
     ("change", "said"),
     [
         ("adapters.4.name=x", "override 'adapters.4.name=x': 4 is no place in a list; expected 0 to 2"),
-        ("adapters.nobody.name=x", "nobody is no place in a list"),
+        ("adapters.nobody.name=x", "no adapter .nobody. is merged"),
         ("adapters.0.adapter.x=1", "adapters.0.adapter is a value, not a section"),
     ],
 )

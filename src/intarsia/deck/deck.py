@@ -167,7 +167,8 @@ class Deck:
             self._mend()
             self._look()
             plan = self._plan(shares)
-            self._writer.fetch(self._passage(self._inside.plan, plan))
+            if plan is not self._inside.plan:
+                self._writer.fetch(self._passage(self._inside.plan, plan))
 
     # ------------------------------------------------------------------ switching
     def use(self, name: str, strength: float = 1.0) -> None:

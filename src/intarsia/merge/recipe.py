@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from intarsia import store
-from intarsia.errors import IntarsiaError
+from intarsia.errors import IntarsiaError, nearest
 from intarsia.merge.plan import Wanted, settings
 from intarsia.merge.search_config import SearchConfig
 from intarsia.store import Adapter
@@ -141,4 +141,7 @@ def _placed(override: str, places: Mapping[str, str]) -> str:
     for name, place in places.items():
         if key.startswith(f"adapters.{name}."):
             return f"adapters.{place}.{key.removeprefix(f'adapters.{name}.')}{sign}{value}"
+    first, *path = key.split(".")
+    if first == "adapters" and len(path) > 1 and not path[0].isdigit():
+        raise IntarsiaError(f"override {override!r}: no adapter {path[0]!r} is merged; {nearest(path[0], places)}")
     return override
