@@ -108,6 +108,7 @@ class Method(ABC):
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # names of trained tensors (up, down) whose product acts: B, A
+    allots: ClassVar[str] = ""  # what ``reallocate`` deals out among the sites: entries, ranks
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason
 
@@ -160,6 +161,15 @@ class Method(ABC):
 
     def after_step(self, p: Any) -> None:  # noqa: B027  # most methods have nothing to do here
         """Called after every optimizer step that this state took part in; may write constants of the state, in place."""
+
+    def reallocate(self, states: Mapping[str, Any], step: int, steps: int) -> Mapping[str, int]:
+        """Give and take between the sites after optimizer step ``step`` (from 1) of ``steps``: may write constants of ``states``, p by
+        site, in place, and depends on nothing else, so that a resumed run goes on alike. See :func:`intarsia.allocators.reallocate`.
+
+        Returns:
+            How much each site has now, of what :attr:`allots` names; empty where nothing was due.
+        """
+        return {}
 
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""

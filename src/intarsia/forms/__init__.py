@@ -5,6 +5,7 @@ from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
+from intarsia.forms.importance import falling, smooth
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
@@ -31,4 +32,6 @@ __all__ = [
     "auto_scale",
     "carried",
     "carry",
+    "falling",
+    "smooth",
 ]

@@ -1,0 +1,143 @@
+"""What an allocator over any method is: before every optimizer step it says which layers of an adapter take part.
+
+Subclasses are frozen dataclasses, as methods are: the fields are the hyperparameters, the functions are pure in ``state``, tensors by name,
+and in ``draws``, the chance. :class:`intarsia.allocators.Turns` does what they say to a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from intarsia import registry
+from intarsia.errors import IntarsiaError, nearest
+from intarsia.registry import System
+
+_ALLOCATORS: dict[str, type[Allocator]] = {}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Chance that depends on the seed and on what is drawn for, and on nothing else: the same for a resumed run."""
+
+    seed: int
+
+    def uniform(self, *what: object) -> float:
+        """A number above 0 and below 1."""
+        text = ":".join(map(str, (self.seed, *what)))
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 11
+        return (number + 0.5) / 2**53
+
+    def some(self, weights: Sequence[float], count: int, *what: object) -> tuple[int, ...]:
+        """``count`` of the numbers 0..len(weights)-1, ascending, drawn one after another without replacement, each with a chance in
+        proportion to its weight among those that are left: the first to arrive in a race of exponential times."""
+        times = [-math.log(self.uniform(*what, number)) / weight for number, weight in enumerate(weights)]
+        return tuple(sorted(sorted(range(len(weights)), key=times.__getitem__)[:count]))
+
+
+@dataclass(frozen=True)
+class Allocator(ABC):
+    """Who trains when. Layers are numbers 0..n-1, in the order of the model; steps are optimizer steps from 1."""
+
+    name: ClassVar[str]  # as in configs
+    title: ClassVar[str]
+    formula: ClassVar[str]  # one line
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def begin(self, layers: int) -> dict[str, Tensor]:
+        """The state at the start: all that later choices depend on. It is part of training checkpoints."""
+
+    @abstractmethod
+    def choose(self, state: Mapping[str, Tensor], step: int, draws: Draws) -> Sequence[int]:
+        """The layers that train in this step."""
+
+    def trials(self, state: Mapping[str, Tensor], step: int, draws: Draws) -> list[tuple[int, ...]]:
+        """Sets of layers, each to be damped once for a measurement of the loss before this step; none: nothing is measured."""
+        return []
+
+    def learn(self, state: Mapping[str, Tensor], trials: Sequence[Sequence[int]], losses: Sequence[float]) -> None:
+        """Take in what the trials came to, in place."""
+        raise NotImplementedError
+
+    def damping(self) -> float:
+        """The factor of the change that a damped layer's adapter makes."""
+        return 1.0
+
+    def rows(self) -> int:
+        """How many rows of the training data a measurement is to be made on."""
+        return 0
+
+    def config(self) -> dict[str, Any]:
+        """Name and fields as plain JSON values."""
+        return {"name": self.name} | {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def require(self, holds: bool, field: str, expected: str) -> None:
+        """For ``__post_init__``: one readable error for a field out of its range."""
+        if not holds:
+            raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")
+
+
+A = TypeVar("A", bound=type[Allocator])
+
+
+def register(cls: A) -> A:
+    """Class decorator: make an allocator known under its ``name``. A name that is taken is an error."""
+    taken = _ALLOCATORS.get(cls.name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise IntarsiaError(f"the allocator name {cls.name!r} of {cls.__module__} is taken by {taken.__module__}")
+    _ALLOCATORS[cls.name] = cls
+    return cls
+
+
+def known() -> dict[str, type[Allocator]]:
+    """Every allocator by name, in alphabetical order."""
+    return dict(sorted(_ALLOCATORS.items()))
+
+
+def build(config: str | Mapping[str, Any]) -> Allocator:
+    """An allocator from its plain config, ``{"name": "ist", "share": 0.25}`` or just ``"ist"``.
+
+    Raises:
+        IntarsiaError: for an unknown name or field (with the nearest), a wrong type, or a value out of range.
+    """
+    config = {"name": config} if isinstance(config, str) else config
+    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
+        raise IntarsiaError(f"an allocator is given as {{name: ..., field: value}}; found {config!r}")
+    name = config["name"]
+    if name not in _ALLOCATORS:
+        raise IntarsiaError(f"unknown allocator {name!r}; {nearest(name, _ALLOCATORS)}")
+    fields = {f.name: f for f in dataclasses.fields(_ALLOCATORS[name])}
+    values = {key: value for key, value in config.items() if key != "name"}
+    for key in values:
+        if key not in fields:
+            raise IntarsiaError(f"{name} has no field {key!r}; {nearest(key, fields)}")
+    return _ALLOCATORS[name](**{key: registry.fit(name, fields[key], value) for key, value in values.items()})
+
+
+def systems() -> list[System]:
+    """What ``intarsia methods`` tells of the allocators."""
+    return [
+        System(
+            id=cls.name,
+            kind="allocator",
+            role="allocator",
+            title=cls.title,
+            formula=cls.formula,
+            paper=cls.paper,
+            about=cls.__module__,
+            fields=tuple((f.name, f) for f in dataclasses.fields(cls)),
+            facts={
+                "config": f"allocator: {{name: {cls.name}, ...}}, beside any method",
+                "needs": "a call before every optimizer step; intarsia train makes it",
+            },
+        )
+        for cls in known().values()
+    ]
