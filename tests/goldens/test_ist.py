@@ -15,7 +15,8 @@ import intarsia as ia
 from intarsia import allocators, chain
 from intarsia.allocators import Draws, Ist, Turns, damped, layer_of
 from intarsia.methods import Bottleneck, Rosa
-from small import SITES, adapted, layer_of as layer_at, small_net, some_input, some_loss, stir, trained
+from small import SITES, adapted, small_net, some_input, some_loss, stir, trained
+from small import layer_of as layer_at
 
 
 class Blocks(nn.Module):
