@@ -9,12 +9,16 @@ from intarsia.forms.importance import falling, smooth
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
+from intarsia.forms.nested import Nested
+from intarsia.forms.paced import Paced
 from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
 from intarsia.forms.split import Split
+from intarsia.forms.threshold import HEIGHTS, soft, soft_in_turns
 
 __all__ = [
+    "HEIGHTS",
     "SCHEDULES",
     "SCORER_NAMES",
     "Chosen",
@@ -24,6 +28,8 @@ __all__ = [
     "Insert",
     "Joint",
     "Kernel",
+    "Nested",
+    "Paced",
     "Pair",
     "Part",
     "Rescale",
@@ -34,4 +40,6 @@ __all__ = [
     "carry",
     "falling",
     "smooth",
+    "soft",
+    "soft_in_turns",
 ]
