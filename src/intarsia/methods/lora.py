@@ -30,6 +30,7 @@ class Lora(Factored):
     name, title, paper = "lora", "LoRA", "arXiv:2106.09685"
     formula, trained = "W' = W + s B A", "r (O + I)"
     default_lr = 4e-3
+    pairs = (("B", "A"),)
     small = ({"rank": 2}, {"rank": 3, "alpha": 4.0, "scaling": "rslora", "start": "pissa"})
 
     def __post_init__(self):
