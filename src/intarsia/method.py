@@ -159,8 +159,14 @@ class Method(ABC):
     def before_step(self, p: Any) -> None:  # noqa: B027
         """Called before every optimizer step that this state takes part in, with the gradients there (``p.A.grad``)."""
 
-    def after_step(self, p: Any) -> None:  # noqa: B027  # most methods have nothing to do here
-        """Called after every optimizer step that this state took part in; may write constants of the state, in place."""
+    def penalty(self, p: Any) -> Tensor | None:
+        """A number that is to be small besides the loss, a function of the state; None: nothing. Its gradient is added to those of
+        the trained tensors before every optimizer step, and before :meth:`before_step`; for a shared tensor once."""
+        return None
+
+    def after_step(self, p: Any, lr: float) -> None:  # noqa: B027  # most methods have nothing to do here
+        """Called after every optimizer step that this state took part in; may write tensors of the state, in place. ``lr`` is the
+        learning rate that the optimizer has for the state's first trained tensor."""
 
     def reallocate(self, states: Mapping[str, Any], step: int, steps: int) -> Mapping[str, int]:
         """Give and take between the sites after optimizer step ``step`` (from 1) of ``steps``: may write constants of ``states``, p by
@@ -203,6 +209,13 @@ class Method(ABC):
         ``surveys`` is None before anything is known of the sites but their shapes and roles: the counts are then a plan.
         """
         return {name: (self, {}) for name in sites}
+
+    def prefix(self, edit: Edit, rank: int) -> Edit:
+        """What the first ``rank`` ranks of an edit do alone. Raises IntarsiaError where they were not trained for that."""
+        raise IntarsiaError(
+            f"the first ranks of {self.name} are no adapter of their own (those of dylora are); the nearest change of a lower rank is "
+            "another one: intarsia compress --to low-rank"
+        )
 
     def at(self, edit: Edit, site: Site) -> Method:
         """The method as it was at a site, from the edit that it made there."""

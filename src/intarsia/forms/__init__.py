@@ -5,7 +5,10 @@ from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
-from intarsia.forms.importance import falling, smooth
+from intarsia.forms.factored import Factored
+from intarsia.forms.gated import Gated
+from intarsia.forms.growing import Growing
+from intarsia.forms.importance import Sensed, falling, smooth
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
@@ -25,6 +28,9 @@ __all__ = [
     "Competing",
     "Coupled",
     "Delta",
+    "Factored",
+    "Gated",
+    "Growing",
     "Insert",
     "Joint",
     "Kernel",
@@ -33,6 +39,7 @@ __all__ = [
     "Pair",
     "Part",
     "Rescale",
+    "Sensed",
     "Sparse",
     "Split",
     "auto_scale",

@@ -2,6 +2,8 @@
 
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
+from intarsia.methods.dylora import Dylora
+from intarsia.methods.increlora import Increlora
 from intarsia.methods.lora import Lora
 from intarsia.methods.mosa import Mosa
 from intarsia.methods.paca import Paca
@@ -11,6 +13,23 @@ from intarsia.methods.shira import Shira
 from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
+from intarsia.methods.sora import Sora
 from intarsia.methods.tokens import Tokens
 
-__all__ = ["Bottleneck", "Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = [
+    "Bottleneck",
+    "Dora",
+    "Dylora",
+    "Increlora",
+    "Lora",
+    "Mosa",
+    "Paca",
+    "Rosa",
+    "S2ft",
+    "Shira",
+    "Smt",
+    "Snell",
+    "Snella",
+    "Sora",
+    "Tokens",
+]

@@ -33,7 +33,7 @@ class Dylora(Nested, Paced, Factored):
     scaling: str = option("paper", "of rank b; paper: alpha / b, code: alpha / sqrt(r b)")
     lowest: int = option(1, "lowest rank that is drawn")
     unit: int = option(1, "ranks are multiples of this")
-    decay: float = option(1.0, "how likely a rank is beside the one below it; 1: all alike, below 1: a geometric distribution")
+    decay: float = option(1.0, "how likely a rank is beside the one below it, up to 1: all alike")
     update: str = option("full", "full: the first b rows and columns are trained; frozen: the last of them")
     seed: int = option(0, "of the sequence of ranks")
 

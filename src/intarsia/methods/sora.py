@@ -17,11 +17,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from intarsia.edits import LowRank
-from intarsia.errors import IntarsiaError
-from intarsia.forms import HEIGHTS, Factored, soft, soft_in_turns
+from intarsia.forms import HEIGHTS, Gated, soft, soft_in_turns
 from intarsia.inits import make
 from intarsia.method import Start, option
 from intarsia.registry import register
@@ -29,27 +26,29 @@ from intarsia.registry import register
 
 @register
 @dataclass(frozen=True)
-class Sora(Factored):
+class Sora(Gated):
     rank: int = option(8, "highest rank r")
     alpha: float | None = option(None, "the update is multiplied by alpha / r; none: 2 r")
-    lam: float | None = option(None, "lambda, the weight of the gates' sum of sizes; none: 0.5, or 3e-4 with code_compat")
+    lam: float | None = option(None, "lambda, weight of sum |g|; none: 0.5, or 3e-4 with code_compat")
     stages: int = option(1, "parts of the run, each with a lambda of its own")
     last: float | None = option(None, "lambda of the last stage; needed with stages above 1")
     schedule: str = option("linear", "how lambda goes there: " + ", ".join(HEIGHTS))
-    code_compat: bool = option(False, "the threshold of the authors' code: lambda itself, and what ends below it is 0 too")
-    l1: float = option(0.0, "weight of the gates' sum of sizes that is added to the loss besides")
+    code_compat: bool = option(False, "the authors' threshold: lambda, and what ends below it is 0 too")
+    l1: float = option(0.0, "weight of sum |g| that is added to the loss besides")
 
     name, title, paper = "sora", "SoRA", "arXiv:2311.11696"
     formula, trained = "W' = W + s B diag(g) A", "r (O + I) + r"
     role, default_lr, allots = "allocator", 4e-3, "ranks"
-    small = ({"rank": 3}, {"rank": 4, "code_compat": True, "l1": 0.01, "stages": 2, "last": 1e-3, "schedule": "exp_linear"})
+    small = ({"rank": 3}, {"code_compat": True, "l1": 0.01, "stages": 2, "last": 1e-3, "schedule": "exp_linear"})
 
     def __post_init__(self):
         self.require(self.rank >= 1, "rank", "1 or more")
         self.require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "positive, or none")
         self.require(self.lam is None or 0 <= self.lam < math.inf, "lam", "0 or more, or none")
         self.require(self.stages >= 1, "stages", "1 or more")
-        self.require((self.last is not None) == (self.stages > 1), "last", "given where stages are above 1, and only there")
+        self.require(
+            (self.last is None) == (self.stages == 1), "last", "given where stages are above 1, and only there"
+        )
         self.require(self.schedule in HEIGHTS, "schedule", "one of " + ", ".join(HEIGHTS))
         self.require(0 <= self.l1 < math.inf, "l1", "0 or more")
 
@@ -61,20 +60,15 @@ class Sora(Factored):
         first = self.lam if self.lam is not None else 3e-4 if self.code_compat else 0.5
         return first if self.stages == 1 else HEIGHTS[self.schedule](first, self.last, stage / (self.stages - 1))
 
-    def trained_count(self, shape):
-        return super().trained_count(shape) + self.rank
-
     def init(self, site, start):
         gate = torch.randn(self.rank, generator=Start.at("gate", start.key).generator())
-        return self._gated(site, make("lora", self, site, start, self.shapes(site.shape)), gate, 0)
+        state = self.gated(site, make("lora", self, site, start, self.shapes(site.shape)), gate)
+        state["lam"].fill_(self.lam_at(0))
+        return state
 
-    def _gated(self, site, factors, gate, stage):
-        lam = torch.tensor(self.lam_at(stage), dtype=torch.float64, device=site.weight.device)
-        return self.begin(site, {**factors, "gate": gate}) | {"lam": lam}
-
-    def thin(self, p):
-        B, A = super().thin(p)
-        return B * p.gate.to(B.dtype), A
+    def gated(self, site, factors, gate):
+        lam = torch.tensor(self.lam_at(self.stages - 1), device=site.weight.device)
+        return super().gated(site, factors, gate) | {"lam": lam}
 
     def penalty(self, p):
         return self.l1 * p.gate.abs().sum() if self.l1 else None
@@ -89,13 +83,3 @@ class Sora(Factored):
         for p in states.values():
             p.lam.fill_(self.lam_at(min(stage, self.stages - 1)))
         return {site: int((p.gate != 0).sum()) for site, p in states.items()}
-
-    def edit(self, p):
-        left = p.gate.detach() != 0
-        return LowRank(p.shape, (p.B * p.gate).detach()[:, left], p.A.detach()[left], self.scale)
-
-    def restore(self, edit, site):
-        found = (len(edit.A), edit.scale) if isinstance(edit, LowRank) else (edit.kind, None)
-        if found[1] != self.scale or found[0] > self.rank:
-            raise IntarsiaError(f"{site.name}: the file has (rank, scale) {found}; its own config makes no such: {self}")
-        return self._gated(site, edit.tensors(), torch.ones(len(edit.A)), self.stages - 1)
