@@ -174,8 +174,14 @@ class Method(ABC):
     def before_step(self, p: Any) -> None:  # noqa: B027
         """Called before every optimizer step that this state takes part in, with the gradients there (``p.A.grad``)."""
 
-    def after_step(self, p: Any) -> None:  # noqa: B027  # most methods have nothing to do here
-        """Called after every optimizer step that this state took part in; may write constants of the state, in place."""
+    def penalty(self, p: Any) -> Tensor | None:
+        """A number that is to be small besides the loss, a function of the state; None: nothing. Its gradient is added to those of
+        the trained tensors before every optimizer step, and before :meth:`before_step`; for a shared tensor once."""
+        return None
+
+    def after_step(self, p: Any, lr: float) -> None:  # noqa: B027  # most methods have nothing to do here
+        """Called after every optimizer step that this state took part in; may write tensors of the state, in place. ``lr`` is the
+        learning rate that the optimizer has for the state's first trained tensor."""
 
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""
