@@ -3,6 +3,7 @@
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
 from intarsia.methods.dylora import Dylora
+from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.increlora import Increlora
 from intarsia.methods.lora import Lora
 from intarsia.methods.mosa import Mosa
@@ -17,19 +18,6 @@ from intarsia.methods.sora import Sora
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Bottleneck",
-    "Dora",
-    "Dylora",
-    "Increlora",
-    "Lora",
-    "Mosa",
-    "Paca",
-    "Rosa",
-    "S2ft",
-    "Shira",
-    "Smt",
-    "Snell",
-    "Snella",
-    "Sora",
-    "Tokens",
-]
+    "Bottleneck", "Dora", "Dylora", "Hydra", "Increlora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira",
+    "Smt", "Snell", "Snella", "Sora", "Tokens",
+]  # fmt: skip
