@@ -111,6 +111,20 @@ def test_without_lambda_and_with_gates_of_1_it_is_lora_step_by_step():
                 torch.testing.assert_close(getattr(state_of(gated, site), name), getattr(state_of(plain, site), name))
 
 
+def test_inside_dora_the_gates_are_made_0_as_well():
+    model = small_net()
+    ia.attach(model, ia.Dora(inner={"name": "sora", "rank": 4, "lam": 50.0, "stages": 2, "last": 60.0}))
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    for step in range(1, 5):
+        some_loss(model, some_input(seed=step)).backward()
+        optimizer.step()
+        counts = reallocate(model, "default", step, 4)
+    assert sum(counts.values()) < 8
+    assert float(state_of(model, "up").lam) == 60.0
+    for site, rank in counts.items():
+        assert ia.export(model).edits[f"{site}.weight"].inner.A.shape[0] == rank
+
+
 def test_an_l1_loss_is_added_to_the_gradient_of_the_gates():
     found = []
     for l1 in (0.0, 0.25):

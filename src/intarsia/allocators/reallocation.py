@@ -45,4 +45,4 @@ def told(counts: Mapping[str, int], what: str) -> str:
     """One line for people: the sum, the range, and the sites with most."""
     most = sorted(counts, key=lambda site: -counts[site])[:3]
     ends = f"{min(counts.values()):,} to {max(counts.values()):,} a weight"
-    return f"{sum(counts.values()):,} {what}, {ends}, most in {', '.join(most)}"
+    return f"{sum(counts.values()):,} {what or 'units'}, {ends}, most in {', '.join(most)}"

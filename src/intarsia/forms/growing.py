@@ -95,6 +95,10 @@ class Growing(Paced, Sensed):
         moves = torch.where(used, pace, _first(p, p.count + p.reserve).to(pace.dtype))
         return {"A": moves[:, None], "B": moves, "lam": torch.where(used, pace, 0)}
 
+    def before_step(self, p: Any) -> None:
+        Sensed.before_step(self, p)
+        Paced.before_step(self, p)
+
     def after_step(self, p: Any, lr: float) -> None:
         super().after_step(p, lr)
         p.step.add_(1)

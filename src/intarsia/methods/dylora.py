@@ -74,7 +74,7 @@ class Dylora(Nested, Paced, Factored):
         if self.update == "frozen":
             new = self.newest(p)
             A, B = torch.where(new[:, None], A, A.detach()), torch.where(new, B, B.detach())
-        return B * (self.acting(p) * (self.scale_at(p.drawn) / self.scale)).to(B.dtype), A
+        return B * (self.acting(p) * (self.scale_at(p.drawn.double()) / self.scale)).to(B.dtype), A
 
     def paces(self, p):
         return {"A": self.newest(p)[:, None], "B": self.newest(p)} if self.update == "frozen" else {}
