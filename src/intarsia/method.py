@@ -103,6 +103,9 @@ class Method(Named, ABC):
     """
 
     trained: ClassVar[str]  # trained numbers a weight, as a formula
+    cost: ClassVar[str] = (
+        "none"  # multiplications a token beside its layer once it is trained; none: it is set into the weight
+    )
     kind: ClassVar[str] = "method"
     role: ClassVar[str] = "adapter"
     mergeable: ClassVar[bool] = True  # whether it changes the weight; else fold raises, and the edit is an insert
@@ -233,6 +236,10 @@ class Method(Named, ABC):
     def moves(self, step: int, steps: int) -> float:
         """The share of the support that moves after an optimizer step: number ``step`` of ``steps``, the first is 1."""
         return 0.0
+
+    def wants_callback(self) -> bool:
+        """Whether something is to be called between steps, besides the hooks that every optimizer calls by itself."""
+        return any(self.moves(step, 1000) for step in range(1, 1001))
 
     def grows_by(self) -> str:
         """The scorer by which a support that moves grows."""

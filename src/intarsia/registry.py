@@ -98,6 +98,31 @@ def methods() -> dict[str, type[Method]]:
     return METHODS.known()
 
 
+# What a method asks for besides a training loop, in a word: a pass over data with gradients, one without, a dense training before, the
+# weights before the base was compressed.
+_ASKED = {
+    "gradient": "gradient",
+    "fisher": "gradient",
+    "inputs": "data",
+    "magnitudes": "data",
+    "gram": "data",
+    "mean": "data",
+    "movement": "first training",
+    "original": "original",
+}
+
+
+def asks_for(cls: type[Method]) -> dict[str, bool]:
+    """What a method needs besides a training loop: words, and whether it needs that in all of its settings, or in some."""
+    found = [_asked(build({"name": cls.name, **setting})) for setting in cls.small]
+    return {word: all(word in one for one in found) for word in dict.fromkeys(word for one in found for word in one)}
+
+
+def _asked(method: Method) -> list[str]:
+    words = list(dict.fromkeys(_ASKED[need] for need in sorted(method.needs())))
+    return words + (["callback"] if method.wants_callback() else [])
+
+
 def variants() -> dict[str, Variant]:
     """Every named variant whose method is known, by name, in alphabetical order."""
     known = methods()
