@@ -256,7 +256,7 @@ class Method(Named, ABC):
 
     def wants_callback(self) -> bool:
         """Whether something is to be called between steps, besides the hooks that every optimizer calls by itself."""
-        return any(self.moves(step, 1000) for step in range(1, 1001))
+        return type(self).reallocate is not Method.reallocate or any(self.moves(step, 1000) for step in range(1, 1001))
 
     def grows_by(self) -> str:
         """The scorer by which a support that moves grows."""

@@ -12,15 +12,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from intarsia import registry
-from intarsia.errors import IntarsiaError, nearest
+from intarsia.named import Catalogue, Named
 from intarsia.registry import System
 
-_ALLOCATORS: dict[str, type[Allocator]] = {}
+ALLOCATORS: Catalogue[Allocator] = Catalogue("allocator", "intarsia.allocators")
+register, known = ALLOCATORS.register, ALLOCATORS.known
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,8 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Allocator(ABC):
+class Allocator(Named, ABC):
     """Who trains when. Layers are numbers 0..n-1, in the order of the model; steps are optimizer steps from 1."""
-
-    name: ClassVar[str]  # as in configs
-    title: ClassVar[str]
-    formula: ClassVar[str]  # one line
-    paper: ClassVar[str]
 
     @abstractmethod
     def begin(self, layers: int) -> dict[str, Tensor]:
@@ -75,32 +71,6 @@ class Allocator(ABC):
         """How many rows of the training data a measurement is to be made on."""
         return 0
 
-    def config(self) -> dict[str, Any]:
-        """Name and fields as plain JSON values."""
-        return {"name": self.name} | {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    def require(self, holds: bool, field: str, expected: str) -> None:
-        """For ``__post_init__``: one readable error for a field out of its range."""
-        if not holds:
-            raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")
-
-
-A = TypeVar("A", bound=type[Allocator])
-
-
-def register(cls: A) -> A:
-    """Class decorator: make an allocator known under its ``name``. A name that is taken is an error."""
-    taken = _ALLOCATORS.get(cls.name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise IntarsiaError(f"the allocator name {cls.name!r} of {cls.__module__} is taken by {taken.__module__}")
-    _ALLOCATORS[cls.name] = cls
-    return cls
-
-
-def known() -> dict[str, type[Allocator]]:
-    """Every allocator by name, in alphabetical order."""
-    return dict(sorted(_ALLOCATORS.items()))
-
 
 def build(config: str | Mapping[str, Any]) -> Allocator:
     """An allocator from its plain config, ``{"name": "ist", "share": 0.25}`` or just ``"ist"``.
@@ -108,36 +78,14 @@ def build(config: str | Mapping[str, Any]) -> Allocator:
     Raises:
         IntarsiaError: for an unknown name or field (with the nearest), a wrong type, or a value out of range.
     """
-    config = {"name": config} if isinstance(config, str) else config
-    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
-        raise IntarsiaError(f"an allocator is given as {{name: ..., field: value}}; found {config!r}")
-    name = config["name"]
-    if name not in _ALLOCATORS:
-        raise IntarsiaError(f"unknown allocator {name!r}; {nearest(name, _ALLOCATORS)}")
-    fields = {f.name: f for f in dataclasses.fields(_ALLOCATORS[name])}
-    values = {key: value for key, value in config.items() if key != "name"}
-    for key in values:
-        if key not in fields:
-            raise IntarsiaError(f"{name} has no field {key!r}; {nearest(key, fields)}")
-    return _ALLOCATORS[name](**{key: registry.fit(name, fields[key], value) for key, value in values.items()})
+    config = ALLOCATORS.told(config)
+    return registry.made(ALLOCATORS.find(config["name"]), config)
 
 
 def systems() -> list[System]:
     """What ``intarsia methods`` tells of the allocators."""
+    needs = "a call before every optimizer step; intarsia train makes it"
     return [
-        System(
-            id=cls.name,
-            kind="allocator",
-            role="allocator",
-            title=cls.title,
-            formula=cls.formula,
-            paper=cls.paper,
-            about=cls.__module__,
-            fields=tuple((f.name, f) for f in dataclasses.fields(cls)),
-            facts={
-                "config": f"allocator: {{name: {cls.name}, ...}}, beside any method",
-                "needs": "a call before every optimizer step; intarsia train makes it",
-            },
-        )
-        for cls in known().values()
+        registry.system_of(cls, "allocator", config=f"allocator: {{name: {name}}}, beside any method", needs=needs)
+        for name, cls in known().items()
     ]

@@ -63,6 +63,9 @@ class Rescale(Method):
     def reallocate(self, states: Mapping[str, Any], step: int, steps: int) -> Mapping[str, int]:
         return self.inside().reallocate(states, step, steps)
 
+    def wants_callback(self) -> bool:
+        return self.inside().wants_callback()
+
     def trained_count(self, shape: tuple[int, int]) -> int:
         return self.inside().trained_count(shape) + shape[0]
 

@@ -76,6 +76,9 @@ class Sora(Gated):
     def after_step(self, p, lr):
         p.gate.copy_(soft_in_turns(p.gate, float(p.lam)) if self.code_compat else soft(p.gate, lr * float(p.lam)))
 
+    def wants_callback(self):
+        return self.stages > 1
+
     def reallocate(self, states, step, steps):
         stage = step * self.stages // steps
         if stage == (step - 1) * self.stages // steps:
