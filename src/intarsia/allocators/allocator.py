@@ -6,7 +6,6 @@ and in ``draws``, the chance. :class:`intarsia.allocators.Turns` does what they 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from abc import ABC, abstractmethod
