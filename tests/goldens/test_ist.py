@@ -192,6 +192,22 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was():
     assert not any(layer._forward_hooks for layer in chain.adapted_layers(model).values())
 
 
+def test_what_is_left_of_an_earlier_turn_is_not_stepped_by():
+    """Gradients that were set to 0 and not taken away would be decayed and moved by the optimizer."""
+    model = blocks(ia.Lora(2))
+    turns, optimizer = (
+        Turns(model, "default", Ist(interval=0)),
+        torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.5),
+    )
+    for step in range(1, 5):
+        chosen = turns.begin(step)
+        for site, state in ia.model.states(model, "default").items():
+            assert layer_of(site) in chosen or all(p.grad is None for p in state.parameters())
+        some_loss(model, some_input(torch.float32, 4, 12, seed=step)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+
 def test_turns_go_on_from_a_checkpoint_to_the_bit():
     def run(model: nn.Module, turns: Turns, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last + 1):
