@@ -234,5 +234,5 @@ def test_sizes_say_what_cannot_be_had():
     sizes = compress.sizes(adapter_of({"a": Kernel((6, 5), normal(2, 5, 3), normal(2, 6, 3), None, 3, "soft")}))
     assert sizes[0].bytes > 0
     assert {one.refused for one in sizes if "%" in one.name} == {
-        "a: kernel edits cannot be compressed; it is for sparse, dense, low-rank and Kronecker ones"
+        "a: kernel edits cannot be compressed; it is for sparse, dense, low-rank, block, Kronecker and scaled ones"
     }

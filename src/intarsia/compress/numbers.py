@@ -1,8 +1,9 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
-Sparse and dense edits have their values, low-rank and Kronecker ones their factors as they are stored (so ComPEFT takes A and B), sums those
-of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
-refused: its change is the small difference of two factors, which rounding them would drown.
+Sparse and dense edits have their values, low-rank, block and Kronecker ones their factors as they are stored (so ComPEFT takes A and B),
+scaled ones their scales, sums those of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
+refused: its change is the small difference of two factors, which rounding them would drown. So is a combined one, a few hundred numbers
+of which those that are 0 still stand for a change.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import Blocks, Dense, Edit, Kronecker, LowRank, Rescaled, Scaled, Sparse, Sum, elements
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
@@ -31,7 +32,7 @@ def learned(edit: Edit) -> tuple[str, ...]:
     Raises:
         IntarsiaError: for a kind that cannot be compressed.
     """
-    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for sparse, dense, low-rank and Kronecker ones")
+    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for sparse, dense, low-rank, block, Kronecker and scaled ones")
 
 
 @learned.register(Sparse)
@@ -42,8 +43,14 @@ def _(edit: Sparse | Dense) -> tuple[str, ...]:
 
 @learned.register(LowRank)
 @learned.register(Kronecker)
-def _(edit: LowRank | Kronecker) -> tuple[str, ...]:
+@learned.register(Blocks)
+def _(edit: LowRank | Kronecker | Blocks) -> tuple[str, ...]:
     return ("A", "B")
+
+
+@learned.register
+def _(edit: Scaled) -> tuple[str, ...]:
+    return ("gamma", "lambda")
 
 
 @learned.register

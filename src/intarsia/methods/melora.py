@@ -1,0 +1,71 @@
+"""MELoRA: small LoRAs side by side, each from a slice of the input to a slice of the output.    dW = s blockdiag(B_1 A_1, ..., B_n A_n)
+
+Ren et al. 2024, "MELoRA: Mini-Ensemble Low-Rank Adapters for Parameter-Efficient Fine-Tuning", arXiv:2402.17263, section 3.
+Trained: r (O + I) numbers a weight, whatever n is: the rank is n r for the price of r.  A_i ~ Kaiming uniform (a = sqrt 5) by the
+width of its slice, B_i = 0.  With n = 1 it is LoRA.
+
+Slices are of outputs and inputs as they come, so n has to divide both. s = alpha / r with the rank r of one of the small ones.
+Deviations: no dropout (theirs is 0.05, on every slice); the authors' own merge does not run, this one is the sum of the blocks.
+In a Linear the slices are multiplied alone; at other layers the blocks are laid out between zeros first, which costs n times as much.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from intarsia.edits import Blocks, diagonal
+from intarsia.errors import IntarsiaError
+from intarsia.method import option
+from intarsia.methods.lora import Lora
+from intarsia.registry import register
+
+
+@register
+@dataclass(frozen=True)
+class Melora(Lora):
+    blocks: int = option(2, "into how many slices inputs and outputs are cut, n; rank and alpha are those of one")
+
+    name, title, paper = "melora", "MELoRA", "arXiv:2402.17263"
+    formula = "W' = W + s blockdiag(B_i A_i)"
+    small = ({"rank": 2, "blocks": 4}, {"rank": 1, "blocks": 2, "alpha": 4.0, "scaling": "rslora"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require(self.blocks >= 1, "blocks", "1 or more")
+
+    def check(self, site):
+        O, I = site.shape
+        if O % self.blocks or I % self.blocks:
+            return f"{site.name}: blocks={self.blocks} does not divide both sides of the {O} x {I} weight"
+        if self.rank > min(O, I) // self.blocks:
+            return f"{site.name}: rank={self.rank} is above {min(O, I) // self.blocks}, the rank of one of {self.blocks} blocks"
+
+    def init(self, site, start):
+        (O, I), n = site.shape, self.blocks
+        bound = 1 / math.sqrt(I / n)
+        A = torch.empty(n, self.rank, I // n).uniform_(-bound, bound, generator=start.generator())
+        return self._state(site, {"B": torch.zeros(n, O // n, self.rank), "A": A})
+
+    def _state(self, site, tensors):
+        wide = torch.promote_types(site.weight.dtype, torch.float32)
+        return {k: nn.Parameter(t.to(site.weight.device, wide, copy=True)) for k, t in tensors.items()}
+
+    def delta(self, p):
+        return diagonal(self.scale * (p.B @ p.A))
+
+    def branch(self, p, x):
+        if p.operator.kind != "linear":
+            return self.scale * p.operator.low_rank(x, diagonal(p.B), diagonal(p.A))
+        slices = x.reshape(-1, self.blocks, p.A.shape[2]).transpose(0, 1)  # (n, tokens, I / n); an einsum of r = 1 is no product to autocast
+        return self.scale * (slices @ p.A.mT @ p.B.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+    def edit(self, p):
+        return Blocks(p.shape, p.B.detach().clone(), p.A.detach().clone(), self.scale)
+
+    def restore(self, edit, site):
+        found = (*edit.A.shape[:2], edit.scale) if isinstance(edit, Blocks) else edit.kind
+        if found != (self.blocks, self.rank, self.scale):
+            raise IntarsiaError(f"{site.name}: the file has (blocks, rank, scale) {found}; its own config asks for {self}")
+        return self._state(site, edit.tensors())
