@@ -1,9 +1,8 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
 Sparse and dense edits have their values, low-rank, block and Kronecker ones their factors as they are stored (so ComPEFT takes A and B),
-scaled ones their scales, sums those of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
-refused: its change is the small difference of two factors, which rounding them would drown. So is a combined one, a few hundred numbers
-of which those that are 0 still stand for a change.
+combined and scaled ones their coefficients and scales, sums those of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
+refused: its change is the small difference of two factors, which rounding them would drown.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Blocks, Dense, Edit, Kronecker, LowRank, Rescaled, Scaled, Sparse, Sum, elements
+from intarsia.edits import Blocks, Combined, Dense, Edit, Kronecker, LowRank, Rescaled, Scaled, Sparse, Sum, elements
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
@@ -32,7 +31,8 @@ def learned(edit: Edit) -> tuple[str, ...]:
     Raises:
         IntarsiaError: for a kind that cannot be compressed.
     """
-    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for sparse, dense, low-rank, block, Kronecker and scaled ones")
+    known = ", ".join(sorted(cls.__name__ for cls in learned.registry if cls is not object))
+    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for {known}")
 
 
 @learned.register(Sparse)
@@ -51,6 +51,11 @@ def _(edit: LowRank | Kronecker | Blocks) -> tuple[str, ...]:
 @learned.register
 def _(edit: Scaled) -> tuple[str, ...]:
     return ("gamma", "lambda")
+
+
+@learned.register
+def _(edit: Combined) -> tuple[str, ...]:
+    return ("a", "c")
 
 
 @learned.register
@@ -168,4 +173,6 @@ def changes(edit: Edit) -> bool:
     """Whether the edit can change anything: a support that kept nothing, or a factor of zeros, does not."""
     if isinstance(edit, Rescaled | Sum):
         return True
+    if isinstance(edit, Combined):  # whose A is something without a coefficient, and whose B is not
+        return bool(edit.c.any())
     return all(bool(edit.tensors()[part].any()) for part in learned(edit))
