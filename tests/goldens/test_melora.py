@@ -88,6 +88,7 @@ def test_it_starts_by_the_width_of_a_slice():
     ("method", "said"),
     [
         (Melora(rank=1, blocks=5), "up: blocks=5 does not divide both sides of the 24 x 16 weight"),
+        (Melora(rank=1, blocks=16), "up: blocks=16 does not divide both sides of the 24 x 16 weight"),
         (Melora(rank=5, blocks=4), "up: rank=5 is above 4, the rank of one of 4 blocks"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import intarsia as ia
-from intarsia.edits import Combined
+from intarsia.edits import Combined, combined_factors
 from intarsia.edits.seeded import DOWN, START, UP
 from intarsia.methods import Nola
 from intarsia.support import noise
@@ -87,6 +87,15 @@ def test_with_as_many_matrices_as_entries_every_factor_is_reached():
     torch.testing.assert_close(A0 + (a.view(-1, 1, 1) * E).sum(0), wanted, rtol=0, atol=1e-10)
 
 
+def test_the_matrices_of_both_factors_are_unrelated():
+    """For a square weight and k = l, E_i and F_j of one place are of different streams."""
+    _, state = _attached(Nola(rank=1, down=400, up=400))
+    A0 = noise(state.seed, START, (0, 1), (0, I), torch.float64) / math.sqrt(I)
+    one = torch.ones(400, dtype=torch.float64)
+    B, A = combined_factors(one, one, state.seed, (I, I), 1)
+    assert float(((A - A0).reshape(-1) - B.reshape(-1)).abs().min()) > 1e-6
+
+
 def test_the_chance_of_torch_is_neither_read_nor_moved():
     model, _ = _attached(Nola(rank=R, down=K, up=L))
     state, x = torch.get_rng_state(), some_input(torch.float64, 6, I)
@@ -118,7 +127,9 @@ def test_a_file_has_the_coefficients_and_the_seed(tmp_path):
     model = small_net()
     ia.attach(model, Nola(rank=R, down=K, up=L))
     stir(model, size=0.3)
-    adapter = ia.read(ia.save(model, tmp_path / "a"))
+    adapter, other = ia.read(ia.save(model, tmp_path / "a")), small_net()
+    ia.load(other, tmp_path / "a")
+    assert torch.equal(other(some_input()), model(some_input()))
     for site in SITES:
         edit, state = adapter.edits[f"{site}.weight"], state_of(model, site)
         assert isinstance(edit, Combined)
