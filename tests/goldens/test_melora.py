@@ -60,7 +60,7 @@ def test_one_block_is_lora():
 
 @pytest.mark.parametrize(("blocks", "rank"), [(2, 3), (4, 2), (8, 2)])
 def test_the_change_is_block_diagonal_and_of_rank_n_r(blocks, rank):
-    model, state = _attached(Melora(rank=rank, blocks=blocks))
+    _, state = _attached(Melora(rank=rank, blocks=blocks))
     change = state.method.delta(state.raw()).detach()
     rows, columns = torch.arange(O) // (O // blocks), torch.arange(I) // (I // blocks)
     inside = rows[:, None] == columns

@@ -79,7 +79,11 @@ def test_in_their_order_it_equals_peft_on_the_same_bases(shape, sparsity):
     torch.manual_seed(0)
     plain = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], dtype=torch.float64))
     config = peft.RandLoraConfig(
-        r=5, randlora_alpha=100, target_modules=["0"], sparse=sparsity == "sparse", very_sparse=sparsity == "very_sparse"
+        r=5,
+        randlora_alpha=100,
+        target_modules=["0"],
+        sparse=sparsity == "sparse",
+        very_sparse=sparsity == "very_sparse",
     )
     theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], dtype=torch.float64)), config)
     layer = theirs.base_model.model[0]
@@ -147,7 +151,9 @@ def test_the_ablations_are_their_formulas(shape):
             B, A = bases(KEY, shape, 4, state.lam.shape[1], "dense", torch.float64)
             left = sum(B[:, j] @ torch.diag(state.lam.detach()[:, j]) for j in range(B.shape[1]))
             total = left @ sum(A @ torch.diag(g) for g in state.gamma.detach())
-        torch.testing.assert_close(_change(state), 20.0 * (total if shape[0] >= shape[1] else total.T), rtol=0, atol=1e-11)
+        torch.testing.assert_close(
+            _change(state), 20.0 * (total if shape[0] >= shape[1] else total.T), rtol=0, atol=1e-11
+        )
 
 
 def test_the_count_is_inverse_in_the_rank():

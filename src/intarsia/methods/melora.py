@@ -7,6 +7,7 @@ width of its slice, B_i = 0.  With n = 1 it is LoRA.
 Slices are of outputs and inputs as they come, so n has to divide both. s = alpha / r with the rank r of one of the small ones.
 Deviations: no dropout (theirs is 0.05, on every slice); the authors' own merge does not run, this one is the sum of the blocks.
 In a Linear the slices are multiplied alone; at other layers the blocks are laid out between zeros first, which costs n times as much.
+The learning rate is LoRA's, not measured on a model: every small LoRA learns as one of its own width does.
 """
 
 import math
@@ -58,7 +59,9 @@ class Melora(Lora):
     def branch(self, p, x):
         if p.operator.kind != "linear":
             return self.scale * p.operator.low_rank(x, diagonal(p.B), diagonal(p.A))
-        slices = x.reshape(-1, self.blocks, p.A.shape[2]).transpose(0, 1)  # (n, tokens, I / n); an einsum of r = 1 is no product to autocast
+        slices = x.reshape(-1, self.blocks, p.A.shape[2]).transpose(
+            0, 1
+        )  # (n, tokens, I / n); an einsum of r = 1 is no product to autocast
         return self.scale * (slices @ p.A.mT @ p.B.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
 
     def edit(self, p):
@@ -67,5 +70,7 @@ class Melora(Lora):
     def restore(self, edit, site):
         found = (*edit.A.shape[:2], edit.scale) if isinstance(edit, Blocks) else edit.kind
         if found != (self.blocks, self.rank, self.scale):
-            raise IntarsiaError(f"{site.name}: the file has (blocks, rank, scale) {found}; its own config asks for {self}")
+            raise IntarsiaError(
+                f"{site.name}: the file has (blocks, rank, scale) {found}; its own config asks for {self}"
+            )
         return self._state(site, edit.tensors())

@@ -62,5 +62,7 @@ class Nola(Lora):
     def restore(self, edit, site):
         found = (len(edit.a), len(edit.c), edit.rank, edit.scale) if isinstance(edit, Combined) else edit.kind
         if found != (self.down, self.up, self.rank, self.scale):
-            raise IntarsiaError(f"{site.name}: the file has (k, l, rank, scale) {found}; its own config asks for {self}")
+            raise IntarsiaError(
+                f"{site.name}: the file has (k, l, rank, scale) {found}; its own config asks for {self}"
+            )
         return self._state(site, edit.a, edit.c, edit.seed)

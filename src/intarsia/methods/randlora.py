@@ -8,7 +8,7 @@ The bases are the same for all weights by slicing: they follow from ``basis_seed
 largest one. They are made in forward and again in backward; between them x, lambda and gamma are kept.
 Deviations: variance 1 is the distribution's, not that of the numbers drawn; sqrt d where very sparse is the weight's own; no dropout.
 ``peft_order`` pairs columns and rows as HF PEFT lays them out. ``update``: half of the bases is the paper's ablation b, summed its a:
-(sum_j B_j diag(lambda_j)) (sum_j A diag(gamma_j)), of rank r.
+(sum_j B_j diag(lambda_j)) (sum_j A diag(gamma_j)), of rank r. The learning rate is the paper's region, not measured on a model.
 """
 
 import math
