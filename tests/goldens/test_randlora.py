@@ -11,6 +11,7 @@ import torch
 import intarsia as ia
 from intarsia.edits import Scaled, bases, scaled_factors
 from intarsia.methods import Randlora
+from intarsia.site import find_sites
 from small import SITES, layer_of, small_net, some_input, state_of, stir
 
 SHAPES = [(24, 16), (16, 24), (20, 20)]
@@ -149,8 +150,8 @@ def test_the_ablations_are_their_formulas(shape):
             total = _sum(state, 4)
         else:
             B, A = bases(KEY, shape, 4, state.lam.shape[1], "dense", torch.float64)
-            left = sum(B[:, j] @ torch.diag(state.lam.detach()[:, j]) for j in range(B.shape[1]))
-            total = left @ sum(A @ torch.diag(g) for g in state.gamma.detach())
+            left = torch.stack([B[:, j] @ torch.diag(state.lam.detach()[:, j]) for j in range(B.shape[1])]).sum(0)
+            total = left @ torch.stack([A @ torch.diag(g) for g in state.gamma.detach()]).sum(0)
         torch.testing.assert_close(
             _change(state), 20.0 * (total if shape[0] >= shape[1] else total.T), rtol=0, atol=1e-11
         )
@@ -223,4 +224,4 @@ def test_a_file_has_lambda_gamma_and_the_seed(tmp_path):
         assert torch.equal(edit.delta(layer_of(model, site).weight), _change(state))
     other = small_net()
     with pytest.raises(ia.IntarsiaError, match="its own config asks for"):
-        Randlora(rank=5).restore(adapter.edits["up.weight"], ia.model.find_sites(other, "up", ())["up"])
+        Randlora(rank=5).restore(adapter.edits["up.weight"], find_sites(other, "up")["up"])

@@ -63,7 +63,7 @@ def scaled_factors(
     where k goes first, as HF PEFT lays them out: the same in distribution, other numbers. summed is the paper's ablation
     (sum_j B_j diag(lambda_j)) (A sum_j diag(gamma_j)), m = r.
     """
-    B, A = bases(key, shape, *lam.shape, kind, lam.dtype)
+    B, A = bases(key, shape, lam.shape[0], lam.shape[1], kind, lam.dtype)
     if order == "summed":
         large, small = torch.einsum("Djk,kj->Dk", B, lam), A * gamma.sum(0)
     else:

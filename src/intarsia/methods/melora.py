@@ -59,9 +59,8 @@ class Melora(Lora):
     def branch(self, p, x):
         if p.operator.kind != "linear":
             return self.scale * p.operator.low_rank(x, diagonal(p.B), diagonal(p.A))
-        slices = x.reshape(-1, self.blocks, p.A.shape[2]).transpose(
-            0, 1
-        )  # (n, tokens, I / n); an einsum of r = 1 is no product to autocast
+        # Not einsum, which is no product to autocast where r is 1.
+        slices = x.reshape(-1, self.blocks, p.A.shape[2]).transpose(0, 1)  # (n, tokens, I / n)
         return self.scale * (slices @ p.A.mT @ p.B.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
 
     def edit(self, p):

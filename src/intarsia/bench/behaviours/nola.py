@@ -63,7 +63,7 @@ def train(model: nn.Module, odds: Tensor, steps: int, lr: float, seed: int) -> f
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
-        _loss(model, sentences(odds, 32, generator)).backward()  # type: ignore[no-untyped-call]
+        _loss(model, sentences(odds, 32, generator)).backward()
         optimizer.step()
     with torch.no_grad():
         return float(_loss(model, sentences(odds, 256, torch.Generator().manual_seed(99))))
@@ -82,9 +82,10 @@ def below_rank_one() -> list[Seen]:
         model = Language()
     train(model, first, 600, 2e-3, 1)
     before = train(model, second, 0, 0.0, 2)
-    count = Lora(rank=1).trained_count((WIDTH, WIDTH))
-    methods: dict[str, Method] = {
-        "lora r=1": Lora(rank=1),
+    smallest: Method = Lora(rank=1)
+    count = smallest.trained_count((WIDTH, WIDTH))
+    methods = {
+        "lora r=1": smallest,
         "nola, half of it": Nola(rank=8, down=count // 4, up=count // 4),
     }
     gains: dict[str, Any] = {}
