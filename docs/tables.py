@@ -27,6 +27,7 @@ from intarsia.edits import (
     LowRank,
     Rescaled,
     Scaled,
+    Sequential,
     Sparse,
     Sum,
 )
@@ -107,6 +108,7 @@ def samples() -> dict[str, Edit]:
     found["sum of rows and low_rank, weighted"] = Sum(shape, (found["rows"], low_rank), (0.5, 2.0))
     kernel = partial(Kernel, shape, torch.linspace(-1, 1, 128).view(2, 64, 1), torch.ones(2, 64, 1), None, rule="soft")
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
+    found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
     found["blocks"] = Blocks(shape, torch.ones(4, 16, 2), torch.ones(4, 2, 16), 1.0)

@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from intarsia import store
-from intarsia.edits import Blocks, Combined, Dense, Edit, Kronecker, LowRank, Rescaled, Scaled, Sparse, Sum, elements
+from intarsia.edits import (
+    Blocks,
+    Combined,
+    Dense,
+    Edit,
+    Kronecker,
+    LowRank,
+    Rescaled,
+    Scaled,
+    Sequential,
+    Sparse,
+    Sum,
+    elements,
+)
 from intarsia.support import Column
 
 BASE = store.Base("0" * 64, "float32", "somewhere")
@@ -44,4 +57,5 @@ def every_kind() -> dict[str, Edit]:
         "scaled": Scaled((12, 10), normal(3, 4), normal(4, 10), 7, "sparse", "paper", 0.5),
         "sum": Sum((12, 10), (small, low), (1.0, 0.5)),
         "rescaled": Rescaled((12, 10), low, torch.ones(12)),
+        "sequential": Sequential((12, 10), normal(12, 3), normal(3, 12, seed=1), 0.5),
     }

@@ -53,7 +53,7 @@ def test_one_method_in_full(intarsia):
 def test_a_variant_is_its_method_with_fields_set(intarsia):
     row = intarsia("methods", "rslora", "--json").json
     assert (row["variant_of"], row["paper"]) == ("lora", "arXiv:2312.03732")
-    assert [field["name"] for field in row["fields"]] == ["rank", "alpha"]
+    assert [field["name"] for field in row["fields"]] == ["rank", "alpha", "start"]
     assert "rsLoRA: LoRA with scaling=rslora" in intarsia("methods", "rslora").out
     assert ia.registry.build({"name": "rslora", "rank": 4}) == ia.Lora(rank=4, scaling="rslora")
     assert ia.registry.build({"name": "dora", "inner": "rslora"}) == ia.Dora(ia.Lora(scaling="rslora"))

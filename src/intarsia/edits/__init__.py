@@ -21,12 +21,13 @@ from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, s
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
 from intarsia.edits.seeded import BASES, ORDERS, Combined, Scaled, bases, combined_factors, scaled_factors
+from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 
 __all__ = [
     "ACTIVATIONS", "BASES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "Blocks", "Bottleneck", "Combined",
-    "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Scaled", "Sparse",
-    "Sum", "add", "bases", "build_edit", "check_finite", "columns", "combined_factors", "diagonal", "elements", "gathered", "memory",
-    "merge", "overlap", "place", "positions", "put", "put_row", "row_norms", "scale", "scaled_factors", "sizes", "sparsify",
-    "summed", "to_dense", "want_numbers", "want_tensors",
+    "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Scaled",
+    "Sequential", "Sparse", "Sum", "add", "bases", "build_edit", "check_finite", "columns", "combined_factors", "diagonal",
+    "elements", "gathered", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms", "scale",
+    "scaled_factors", "sizes", "sparsify", "summed", "to_dense", "want_numbers", "want_tensors",
 ]  # fmt: skip

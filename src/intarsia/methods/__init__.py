@@ -2,6 +2,7 @@
 
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
+from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.lora import Lora
 from intarsia.methods.melora import Melora
 from intarsia.methods.mosa import Mosa
@@ -17,5 +18,6 @@ from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Bottleneck", "Dora", "Lora", "Melora", "Mosa", "Nola", "Paca", "Randlora", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens",
+    "Bottleneck", "Dora", "Hydra", "Lora", "Melora", "Mosa", "Nola", "Paca", "Randlora", "Rosa", "S2ft", "Shira", "Smt", "Snell",
+    "Snella", "Tokens",
 ]  # fmt: skip

@@ -14,27 +14,34 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from intarsia.edits import Blocks, diagonal
-from intarsia.errors import IntarsiaError
-from intarsia.method import option
-from intarsia.methods.lora import Lora
+from intarsia.forms import Delta
+from intarsia.method import as_parameters, option
 from intarsia.registry import register
 
 
 @register
 @dataclass(frozen=True)
-class Melora(Lora):
-    blocks: int = option(2, "into how many slices inputs and outputs are cut, n; rank and alpha are those of one")
+class Melora(Delta):
+    rank: int = option(8, "rank r of each of the small LoRAs")
+    alpha: float | None = option(None, "the update is multiplied by alpha / r; none: 2 r")
+    blocks: int = option(2, "into how many slices inputs and outputs are cut, n")
 
     name, title, paper = "melora", "MELoRA", "arXiv:2402.17263"
-    formula = "W' = W + s blockdiag(B_i A_i)"
-    small = ({"rank": 2, "blocks": 4}, {"rank": 1, "blocks": 2, "alpha": 4.0, "scaling": "rslora"})
+    formula, trained = "W' = W + s blockdiag(B_i A_i)", "r (O + I)"
+    default_lr = 4e-3
+    pairs = (("B", "A"),)
+    small = ({"rank": 2, "blocks": 4}, {"rank": 1, "blocks": 2, "alpha": 4.0})
 
     def __post_init__(self):
-        super().__post_init__()
+        self.require(self.rank >= 1, "rank", "1 or more")
+        self.require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "positive, or none")
         self.require(self.blocks >= 1, "blocks", "1 or more")
+
+    @property
+    def scale(self):
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def check(self, site):
         O, I = site.shape
@@ -43,15 +50,14 @@ class Melora(Lora):
         if self.rank > min(O, I) // self.blocks:
             return f"{site.name}: rank={self.rank} is above {min(O, I) // self.blocks}, the rank of one of {self.blocks} blocks"
 
+    def trained_count(self, shape):
+        return self.rank * (shape[0] + shape[1])
+
     def init(self, site, start):
         (O, I), n = site.shape, self.blocks
         bound = 1 / math.sqrt(I / n)
         A = torch.empty(n, self.rank, I // n).uniform_(-bound, bound, generator=start.generator())
-        return self._state(site, {"B": torch.zeros(n, O // n, self.rank), "A": A})
-
-    def _state(self, site, tensors):
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
-        return {k: nn.Parameter(t.to(site.weight.device, wide, copy=True)) for k, t in tensors.items()}
+        return as_parameters(site, {"B": torch.zeros(n, O // n, self.rank), "A": A})
 
     def delta(self, p):
         return diagonal(self.scale * (p.B @ p.A))
@@ -67,9 +73,4 @@ class Melora(Lora):
         return Blocks(p.shape, p.B.detach().clone(), p.A.detach().clone(), self.scale)
 
     def restore(self, edit, site):
-        found = (*edit.A.shape[:2], edit.scale) if isinstance(edit, Blocks) else edit.kind
-        if found != (self.blocks, self.rank, self.scale):
-            raise IntarsiaError(
-                f"{site.name}: the file has (blocks, rank, scale) {found}; its own config asks for {self}"
-            )
-        return self._state(site, edit.tensors())
+        return as_parameters(site, self.own(edit, site))

@@ -10,59 +10,67 @@ Deviations: the random numbers are of our own generator (``support.noise``), whi
 quantised. The learning rate is LoRA's, not measured: an Adam step moves an entry of B as far; the authors' script has 5e-3.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from intarsia.edits import Combined, combined_factors
-from intarsia.errors import IntarsiaError
-from intarsia.method import option
-from intarsia.methods.lora import Lora
+from intarsia.forms import Delta
+from intarsia.method import Start, as_parameters, option
 from intarsia.registry import register
 
 
 @register
 @dataclass(frozen=True)
-class Nola(Lora):
+class Nola(Delta):
+    rank: int = option(8, "rank r of the update, which costs no trained number")
+    alpha: float | None = option(None, "the update is multiplied by alpha / r; none: 2 r")
     down: int = option(1024, "how many random matrices are mixed into A, k")
     up: int = option(1024, "how many random matrices are mixed into B, l")
 
     name, title, paper = "nola", "NOLA", "arXiv:2310.02556"
-    formula, trained = "W' = W + s (sum c_j F_j) (A_0 + sum a_i E_i)", "k + l"
-    pairs = ()  # type: ignore[assignment]  # a product of mixtures is none of what is trained
-    small = ({"rank": 2, "down": 5, "up": 7}, {"rank": 3, "down": 8, "up": 4, "alpha": 3.0, "scaling": "none"})
+    formula, trained = "W' = W + s (sum_j c_j F_j) (A_0 + sum_i a_i E_i)", "k + l"
+    default_lr = 4e-3
+    small = ({"rank": 2, "down": 5, "up": 7}, {"rank": 3, "down": 8, "up": 4, "alpha": 3.0})
 
     def __post_init__(self):
-        super().__post_init__()
+        self.require(self.rank >= 1, "rank", "1 or more")
+        self.require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "positive, or none")
         self.require(self.down >= 1, "down", "1 or more")
         self.require(self.up >= 1, "up", "1 or more")
+
+    @property
+    def scale(self):
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def check(self, site):
+        if self.rank > min(site.shape):
+            return f"{site.name}: rank={self.rank} is above {min(site.shape)}, the rank of a {site.shape[0]} x {site.shape[1]} weight"
 
     def trained_count(self, shape):
         return self.down + self.up
 
     def init(self, site, start):
-        return self._state(site, torch.zeros(self.down), torch.zeros(self.up), start.key)
+        return self._state(site, {"a": torch.zeros(self.down), "c": torch.zeros(self.up)}, start.key)
 
-    def _state(self, site, a, c, seed):
-        device, wide = site.weight.device, torch.promote_types(site.weight.dtype, torch.float32)
-        trained = {k: nn.Parameter(t.to(device, wide, copy=True)) for k, t in (("a", a), ("c", c))}
-        return trained | {"seed": torch.tensor(seed, device=device)}
+    def _state(self, site, coefficients, seed):
+        return as_parameters(site, coefficients) | {"seed": torch.tensor(seed, device=site.weight.device)}
+
+    def factors(self, p):
+        return combined_factors(p.a, p.c, p.seed, p.shape, self.rank)
 
     def delta(self, p):
-        B, A = combined_factors(p.a, p.c, p.seed, p.shape, self.rank)
+        B, A = self.factors(p)
         return self.scale * (B @ A)
 
     def branch(self, p, x):
-        return self.scale * p.operator.low_rank(x, *combined_factors(p.a, p.c, p.seed, p.shape, self.rank))
+        return self.scale * p.operator.low_rank(x, *self.factors(p))
 
     def edit(self, p):
         return Combined(p.shape, p.a.detach().clone(), p.c.detach().clone(), self.rank, int(p.seed), self.scale)
 
     def restore(self, edit, site):
-        found = (len(edit.a), len(edit.c), edit.rank, edit.scale) if isinstance(edit, Combined) else edit.kind
-        if found != (self.down, self.up, self.rank, self.scale):
-            raise IntarsiaError(
-                f"{site.name}: the file has (k, l, rank, scale) {found}; its own config asks for {self}"
-            )
-        return self._state(site, edit.a, edit.c, edit.seed)
+        drawn = Start.at(site.name, 0).key  # what `own` compares with; any seed is one of ours
+        like = replace(edit, seed=drawn) if isinstance(edit, Combined) else edit
+        return self._state(site, self.own(like, site), edit.seed)

@@ -15,12 +15,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from intarsia.edits import BASES, Scaled, scaled_factors
-from intarsia.errors import IntarsiaError
 from intarsia.forms import Remade
-from intarsia.method import option
+from intarsia.method import as_parameters, option
 from intarsia.registry import register
 
 UPDATES = ("full", "half", "summed")
@@ -56,18 +54,14 @@ class Randlora(Remade):
     def sizes(self, shape):
         n = math.ceil(min(shape) / self.rank)
         n = math.ceil(n / 2) if self.update == "half" else n
-        return {"lambda": (self.rank, n), "gamma": (n, min(shape))}
+        return (self.rank, n), (n, min(shape))  # of lambda and gamma
 
     def trained_count(self, shape):
-        return sum(math.prod(size) for size in self.sizes(shape).values())
+        return sum(math.prod(size) for size in self.sizes(shape))
 
     def init(self, site, start):
-        lam, gamma = (torch.zeros(size) for size in self.sizes(site.shape).values())
-        return self._state(site, lam, gamma + 1 / max(gamma.shape))
-
-    def _state(self, site, lam, gamma):
-        device, wide = site.weight.device, torch.promote_types(site.weight.dtype, torch.float32)
-        return {k: nn.Parameter(t.to(device, wide, copy=True)) for k, t in (("lam", lam), ("gamma", gamma))}
+        lam, gamma = (torch.zeros(size) for size in self.sizes(site.shape))
+        return as_parameters(site, {"lam": lam, "gamma": gamma + 1 / max(gamma.shape)})
 
     def factors(self, p):
         facts, key = self.facts(), torch.tensor(self.basis_seed, device=p.lam.device)
@@ -84,7 +78,4 @@ class Randlora(Remade):
         return Scaled(p.shape, p.lam.detach().clone(), p.gamma.detach().clone(), **self.facts())
 
     def restore(self, edit, site):
-        sizes = {k: tuple(t.shape) for k, t in edit.tensors().items()}
-        if not isinstance(edit, Scaled) or (edit.facts(), sizes) != (self.facts(), self.sizes(site.shape)):
-            raise IntarsiaError(f"{site.name}: the file has {edit.facts()} of {sizes}; its own config asks for {self}")
-        return self._state(site, edit.lam, edit.gamma)
+        return as_parameters(site, {"lam" if k == "lambda" else k: t for k, t in self.own(edit, site).items()})
