@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import intarsia as ia
-from intarsia.edits import Combined, combined_factors
+from intarsia.analyze import spectrum
+from intarsia.compress import to_low_rank
+from intarsia.edits import Combined, LowRank, combined_factors, to_dense
 from intarsia.edits.seeded import DOWN, START, UP
 from intarsia.methods import Nola
 from intarsia.support import noise
@@ -138,6 +140,11 @@ def test_a_file_has_the_coefficients_and_the_seed(tmp_path):
         W = layer_of(model, site).weight.detach()
         torch.testing.assert_close(edit.delta(W), state.method.delta(state.raw()).detach(), rtol=0, atol=1e-7)
         torch.testing.assert_close(edit.low_rank().delta(W), edit.delta(W), rtol=0, atol=1e-7)
+        torch.testing.assert_close(spectrum(edit), torch.linalg.svdvals(edit.delta(W)), rtol=0, atol=1e-6)
+    lora = to_low_rank(adapter, R)
+    for name, edit in adapter.edits.items():
+        assert isinstance(lora.edits[name], LowRank)  # the factors themselves, at no loss
+        torch.testing.assert_close(to_dense(lora.edits[name]), to_dense(edit), rtol=0, atol=1e-7)
 
 
 def test_a_larger_weight_has_no_larger_file(tmp_path):
