@@ -16,7 +16,9 @@ import torch
 import intarsia as ia
 from intarsia.edits import (
     KINDS,
+    Blocks,
     Bottleneck,
+    Combined,
     Dense,
     Edit,
     Insert,
@@ -24,6 +26,7 @@ from intarsia.edits import (
     Kronecker,
     LowRank,
     Rescaled,
+    Scaled,
     Sequential,
     Sparse,
     Sum,
@@ -108,6 +111,9 @@ def samples() -> dict[str, Edit]:
     found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
+    found["blocks"] = Blocks(shape, torch.ones(4, 16, 2), torch.ones(4, 2, 16), 1.0)
+    found["combined"] = Combined(shape, torch.ones(3), torch.ones(3), 2, 0, 1.0)
+    found["scaled"] = Scaled(shape, torch.ones(32, 2), torch.ones(2, 64), 0, "dense", "paper", 1.0)
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")
     found["sum of elements and insert"] = Sum(shape, (found["elements"], found["insert"]))
     if missing := KINDS.keys() - {edit.kind for edit in found.values()}:

@@ -167,6 +167,27 @@ def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     run(laws, {"Gated": module.Gated}, page)
 
 
+def test_the_edit_of_the_guide_is_an_edit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-an-edit.md"
+    monkeypatch.setitem(edits.KINDS, "two_sided", None)  # gone again after the test
+    module = ModuleType("two_sided")
+    monkeypatch.setitem(sys.modules, "two_sided", module)  # a dataclass asks for the module that it stands in
+    for block in blocks(page, "python"):
+        run(block, vars(module), page)
+    model = toy_model()
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("q_proj.weight"))
+    rows, columns = weight.shape
+    edit = module.TwoSided((rows, columns), 0.1 * torch.ones(rows), torch.zeros(columns))
+    before = weight.detach().clone()
+    ia.store.write(ia.Adapter("a", {name: edit}, ia.model.base_of(model, [name])[0], {"name": "any"}), tmp_path / "a")
+    deck = ia.Deck(model)
+    deck.add(tmp_path / "a")
+    deck.use("a")
+    torch.testing.assert_close(weight.detach(), 1.1 * before)
+    deck.off()
+    assert torch.equal(weight.detach(), before)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_configs_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(blocks(page, "yaml")):

@@ -1,6 +1,7 @@
 """Edits: the few kinds of change that a finished adapter makes, their algebra, and how they are placed into a weight."""
 
 from intarsia.edits.algebra import add, overlap, positions, scale, to_dense
+from intarsia.edits.blocks import Blocks, diagonal
 from intarsia.edits.bottleneck import ACTIVATIONS, Bottleneck
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import (
@@ -19,12 +20,14 @@ from intarsia.edits.edit import (
 from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
+from intarsia.edits.seeded import BASES, ORDERS, Combined, Scaled, bases, combined_factors, scaled_factors
 from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 
 __all__ = [
-    "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Bottleneck", "Dense", "Edit", "Insert", "Inserted",
-    "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sequential", "Sparse", "Sum", "add", "build_edit", "check_finite",
-    "columns", "elements", "gathered", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms",
-    "scale", "sizes", "sparsify", "summed", "to_dense", "want_numbers", "want_tensors",
+    "ACTIVATIONS", "BASES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "Blocks", "Bottleneck", "Combined",
+    "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Scaled",
+    "Sequential", "Sparse", "Sum", "add", "bases", "build_edit", "check_finite", "columns", "combined_factors", "diagonal",
+    "elements", "gathered", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms", "scale",
+    "scaled_factors", "sizes", "sparsify", "summed", "to_dense", "want_numbers", "want_tensors",
 ]  # fmt: skip

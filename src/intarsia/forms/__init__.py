@@ -4,7 +4,7 @@ from intarsia.forms.carry import carried, carry
 from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
-from intarsia.forms.delta import Delta
+from intarsia.forms.delta import Delta, Remade
 from intarsia.forms.factored import Factored
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
@@ -27,6 +27,7 @@ __all__ = [
     "Kernel",
     "Pair",
     "Part",
+    "Remade",
     "Rescale",
     "Sparse",
     "Split",

@@ -4,8 +4,11 @@ from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
 from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.lora import Lora
+from intarsia.methods.melora import Melora
 from intarsia.methods.mosa import Mosa
+from intarsia.methods.nola import Nola
 from intarsia.methods.paca import Paca
+from intarsia.methods.randlora import Randlora
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
@@ -15,5 +18,6 @@ from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Bottleneck", "Dora", "Hydra", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens",
+    "Bottleneck", "Dora", "Hydra", "Lora", "Melora", "Mosa", "Nola", "Paca", "Randlora", "Rosa", "S2ft", "Shira", "Smt", "Snell",
+    "Snella", "Tokens",
 ]  # fmt: skip
