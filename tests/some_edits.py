@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from intarsia import store
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import Core, Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
 from intarsia.support import Column
 
 BASE = store.Base("0" * 64, "float32", "somewhere")
@@ -37,6 +37,7 @@ def every_kind() -> dict[str, Edit]:
         "elements": small,
         "columns": Sparse((12, 10), Column(), torch.tensor([1, 4]), normal(12, 2)),
         "low_rank": low,
+        "core": Core((12, 10), {"A": normal(3, 10), "B": normal(12, 3), "C": normal(3, 3)}, {}, 0.5),
         "dense": Dense((12, 10), normal(12, 10)),
         "kronecker": Kronecker((12, 10), normal(3, 2), normal(4, 5), 0.5),
         "sum": Sum((12, 10), (small, low), (1.0, 0.5)),

@@ -1,8 +1,8 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
 Sparse and dense edits have their values, low-rank and Kronecker ones their factors as they are stored (so ComPEFT takes A and B), sums those
-of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
-refused: its change is the small difference of two factors, which rounding them would drown.
+of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit, and a core
+edit with a start, are refused: their change is a small difference of factors, which rounding them would drown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import Core, Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
@@ -44,6 +44,15 @@ def _(edit: Sparse | Dense) -> tuple[str, ...]:
 @learned.register(Kronecker)
 def _(edit: LowRank | Kronecker) -> tuple[str, ...]:
     return ("A", "B")
+
+
+@learned.register
+def _(edit: Core) -> tuple[str, ...]:
+    if edit.start:
+        raise IntarsiaError(
+            "core edits that have a start cannot be compressed: their change is the small difference from it; make them a low rank first"
+        )
+    return tuple(edit.now)
 
 
 @learned.register

@@ -2,6 +2,7 @@
 
 from intarsia.edits.algebra import add, overlap, positions, scale, to_dense
 from intarsia.edits.bottleneck import ACTIVATIONS, Bottleneck
+from intarsia.edits.core import Core, thin, times
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import (
     KINDS,
@@ -12,9 +13,11 @@ from intarsia.edits.edit import (
     build_edit,
     columns,
     elements,
+    joined,
     row_norms,
     want_numbers,
     want_tensors,
+    without_scale,
 )
 from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
@@ -22,8 +25,8 @@ from intarsia.edits.placement import Placement, Runs, check_finite, gathered, me
 from intarsia.edits.sum import Sum
 
 __all__ = [
-    "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Bottleneck", "Dense", "Edit", "Insert", "Inserted",
+    "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Bottleneck", "Core", "Dense", "Edit", "Insert", "Inserted",
     "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sparse", "Sum", "add", "build_edit", "check_finite",
-    "columns", "elements", "gathered", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms",
-    "scale", "sizes", "sparsify", "summed", "to_dense", "want_numbers", "want_tensors",
+    "columns", "elements", "gathered", "joined", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms",
+    "scale", "sizes", "sparsify", "summed", "thin", "times", "to_dense", "want_numbers", "want_tensors", "without_scale",
 ]  # fmt: skip

@@ -2,8 +2,11 @@
 
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
+from intarsia.methods.loldu import Loldu
 from intarsia.methods.lora import Lora
+from intarsia.methods.lora_sb import LoraSb
 from intarsia.methods.mosa import Mosa
+from intarsia.methods.nlora import Nlora
 from intarsia.methods.paca import Paca
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
@@ -11,6 +14,24 @@ from intarsia.methods.shira import Shira
 from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
+from intarsia.methods.svfit import Svfit
 from intarsia.methods.tokens import Tokens
 
-__all__ = ["Bottleneck", "Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = [
+    "Bottleneck",
+    "Dora",
+    "Loldu",
+    "Lora",
+    "LoraSb",
+    "Mosa",
+    "Nlora",
+    "Paca",
+    "Rosa",
+    "S2ft",
+    "Shira",
+    "Smt",
+    "Snell",
+    "Snella",
+    "Svfit",
+    "Tokens",
+]
