@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, ClassVar
 
 import torch
@@ -62,7 +62,13 @@ class Factored(Delta):
         return frozenset({"A", "B", "C", "A0", "B0", "C0"})
 
     def trained_count(self, shape: Shape) -> int:
-        return sum(math.prod(size) for name, size in self.shapes(shape).items() if name in self.learns())
+        return self._count(shape, set(self.learns()) - self.shares())
+
+    def shared_count(self, shape: Shape) -> int:
+        return self._count(shape, self.shares())
+
+    def _count(self, shape: Shape, names: Set[str]) -> int:
+        return sum(math.prod(size) for name, size in self.shapes(shape).items() if name in names)
 
     def begin(
         self, site: Site, made: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None

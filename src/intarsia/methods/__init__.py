@@ -9,6 +9,7 @@ from intarsia.methods.mosa import Mosa
 from intarsia.methods.nlora import Nlora
 from intarsia.methods.paca import Paca
 from intarsia.methods.rosa import Rosa
+from intarsia.methods.s2_lora import S2Lora
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
 from intarsia.methods.smt import Smt
@@ -27,6 +28,7 @@ __all__ = [
     "Nlora",
     "Paca",
     "Rosa",
+    "S2Lora",
     "S2ft",
     "Shira",
     "Smt",
