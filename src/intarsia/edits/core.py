@@ -66,6 +66,8 @@ class Core(Edit):
     @classmethod
     def build(cls, shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Self:
         want_tensors(tensors, {"A", "B"} | tensors.keys() & {"C", "A0", "B0", "C0"})
+        if "C0" in tensors and "C" not in tensors:
+            raise IntarsiaError("found the tensor C0 without C, which it is the start of")
         now = {name: tensor for name, tensor in tensors.items() if not name.endswith("0")}
         start = {name[0]: tensor for name, tensor in tensors.items() if name.endswith("0")}
         r = now["A"].shape[0]
