@@ -28,7 +28,9 @@ def _change(model: torch.nn.Module, site: str) -> torch.Tensor:
     """fold(W) - W, as the method itself has it."""
     state = state_of(model, site)
     W = layer_of(model, site).weight.detach()
-    return (state.method.fold(state.cast(torch.float64), W, None)[0] - W).detach()
+    folded: torch.Tensor = state.method.fold(state.cast(torch.float64), W, None)[0]
+    change: torch.Tensor = folded - W
+    return change.detach()
 
 
 def _gradients(seed: int = 0, *more: torch.nn.Module) -> dict[str, torch.Tensor]:

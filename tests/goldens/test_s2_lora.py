@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import peft
 import pytest
@@ -83,11 +84,11 @@ def test_the_rank_is_that_of_the_coefficients():
 
 def test_alone_it_is_adalora_s_layer():
     """HF PEFT's SVD layer without pruning, of the same numbers, gives the same output and gradients."""
-    model = small_net()
+    model: Any = small_net()
     ia.attach(model, PLAIN, targets="up")
     stir(model)
     config = peft.AdaLoraConfig(target_modules=["up"], init_r=3, target_r=3, lora_alpha=3, total_step=10)
-    other = peft.get_peft_model(small_net(), config)
+    other: Any = peft.get_peft_model(small_net(), config)
     mine, layer = state_of(model, "up"), other.get_submodule("base_model.model.up")
     theirs = {"A": layer.lora_A["default"], "B": layer.lora_B["default"], "C": layer.lora_E["default"]}
     with torch.no_grad():
@@ -143,7 +144,8 @@ def test_one_parameter_for_all_sites_of_a_shape():
     _one(copy.deepcopy(model))
     _one(pickle.loads(pickle.dumps(model)))
     _one(model.to(torch.bfloat16).to(torch.float64))
-    ia.activate(model), ia.activate(model, "default")
+    ia.activate(model)
+    ia.activate(model, "default")
     _one(model)
     assert len(trained(model)) == 3 + 2 * 2
     planned = plan(small_net(), PLAIN)
@@ -158,7 +160,7 @@ def test_a_file_holds_shared_tensors_once(tmp_path):
     stir(model)
     folder = ia.save(model, tmp_path / "a")
     adapter = ia.read(folder)
-    assert adapter.edits["up.weight"].now["A"] is adapter.edits["again.weight"].now["A"]
+    assert adapter.edits["up.weight"].tensors()["A"] is adapter.edits["again.weight"].tensors()["A"]
     numbers = 4 * (2 * 8 * 40 + 3 * 8)
     assert numbers <= (folder / store.TENSORS).stat().st_size <= numbers + 1500
     assert '"format": 2' in (folder / store.HEAD).read_text()

@@ -71,7 +71,11 @@ class Core(Edit):
         now = {name: tensor for name, tensor in tensors.items() if not name.endswith("0")}
         start = {name[0]: tensor for name, tensor in tensors.items() if name.endswith("0")}
         r = now["A"].shape[0]
-        expected = {"A": {(r, shape[1])}, "B": {(shape[0], r)}, "C": {(r, r), (r,)} if "C" in now else set()}
+        expected: dict[str, set[tuple[int, ...]]] = {
+            "A": {(r, shape[1])},
+            "B": {(shape[0], r)},
+            "C": {(r, r), (r,)} if "C" in now else set(),
+        }
         for group in (now, start):
             for name, tensor in group.items():
                 if tuple(tensor.shape) not in expected[name] or tensor.shape != now[name].shape:

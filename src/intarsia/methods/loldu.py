@@ -45,7 +45,7 @@ class Loldu(Factored):
 
     @property
     def scale(self):
-        return 1.0 if self.alpha is None else self.alpha / self.rank
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
     def learns(self):
         return "C"

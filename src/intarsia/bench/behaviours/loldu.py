@@ -51,7 +51,7 @@ def head() -> list[Seen]:
     teacher = _net(torch.Generator().manual_seed(1))  # the same layers, their weights' directions weighed otherwise
     with torch.no_grad():
         for number in (0, 2):
-            W = teacher[number].weight
+            W = teacher[number].get_parameter("weight")
             W.mul_(1 + 1.5 * torch.randn(W.shape[0], 1, generator=generator))
         labels = teacher(x).argmax(-1)
     alone, loldu = (_accuracy(method, x, labels) for method in (None, Loldu(WIDTH)))

@@ -17,11 +17,12 @@ LAYERS, WIDTH, DIRECTIONS = 16, 32, 10
 def _fit(method: Method, targets: list[Tensor], lr: float) -> tuple[float, nn.Module]:
     """The relative error over all layers after training each on its own regression, and the net."""
     generator = torch.Generator().manual_seed(1)
-    net = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS))
+    layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)]
+    net = nn.ModuleList(layers)
     with torch.no_grad():
-        for layer in net:
+        for layer in layers:
             layer.weight.copy_(torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5)
-    wanted = [layer.weight.detach() + target for layer, target in zip(net, targets, strict=True)]
+    wanted = [layer.weight.detach() + target for layer, target in zip(layers, targets, strict=True)]
     models.attach(net, method)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 400)
@@ -29,12 +30,12 @@ def _fit(method: Method, targets: list[Tensor], lr: float) -> tuple[float, nn.Mo
         x = torch.randn(64, WIDTH, generator=generator)
         optimizer.zero_grad()
         torch.stack(
-            [(layer(x) - x @ W.T).square().mean() for layer, W in zip(net, wanted, strict=True)]
+            [(layer(x) - x @ W.T).square().mean() for layer, W in zip(layers, wanted, strict=True)]
         ).sum().backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        found = [layer(torch.eye(WIDTH)).T for layer in net]
+        found = [layer(torch.eye(WIDTH)).T for layer in layers]
     lost = sum(float((one - W).square().sum()) for one, W in zip(found, wanted, strict=True))
     return (lost / sum(float(target.square().sum()) for target in targets)) ** 0.5, net
 
