@@ -25,6 +25,7 @@ from intarsia.edits import (
     Kronecker,
     LowRank,
     Rescaled,
+    Sequential,
     Sparse,
     Sum,
 )
@@ -108,6 +109,7 @@ def samples() -> dict[str, Edit]:
     factors = {"A": torch.ones(1, 64), "B": torch.ones(64, 1)}
     found["core"] = Core(shape, factors | {"C": torch.ones(1, 1)}, {}, 1.0)
     found["core with a start"] = Core(shape, factors, {"B": torch.zeros(64, 1)}, 1.0)
+    found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")

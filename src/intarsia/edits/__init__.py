@@ -22,11 +22,13 @@ from intarsia.edits.edit import (
 from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
+from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 
 __all__ = [
-    "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Bottleneck", "Core", "Dense", "Edit", "Insert", "Inserted",
-    "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sparse", "Sum", "add", "build_edit", "check_finite",
-    "columns", "elements", "gathered", "joined", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms",
-    "scale", "sizes", "sparsify", "summed", "thin", "times", "to_dense", "want_numbers", "want_tensors", "without_scale",
+    "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Bottleneck", "Core", "Dense", "Edit", "Insert",
+    "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sequential", "Sparse", "Sum", "add",
+    "build_edit", "check_finite", "columns", "elements", "gathered", "joined", "memory", "merge", "overlap", "place",
+    "positions", "put", "put_row", "row_norms", "scale", "sizes", "sparsify", "summed", "thin", "times", "to_dense",
+    "want_numbers", "want_tensors", "without_scale",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
 from intarsia.edits.insert import Insert
 from intarsia.edits.kernel import Kernel
+from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 from intarsia.errors import IntarsiaError
 
@@ -56,8 +57,9 @@ def _(edit: Dense, factor: float) -> Edit:
 @_scale.register(Core)
 @_scale.register(Kronecker)
 @_scale.register(Kernel)
+@_scale.register(Sequential)
 @_scale.register(Insert)
-def _(edit: LowRank | Core | Kronecker | Kernel | Insert, factor: float) -> Edit:
+def _(edit: LowRank | Core | Kronecker | Kernel | Sequential | Insert, factor: float) -> Edit:
     return replace(edit, scale=factor * edit.scale)
 
 

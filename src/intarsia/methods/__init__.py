@@ -2,6 +2,7 @@
 
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
+from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.loldu import Loldu
 from intarsia.methods.lora import Lora
 from intarsia.methods.lora_sb import LoraSb
@@ -19,21 +20,6 @@ from intarsia.methods.svfit import Svfit
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Bottleneck",
-    "Dora",
-    "Loldu",
-    "Lora",
-    "LoraSb",
-    "Mosa",
-    "Nlora",
-    "Paca",
-    "Rosa",
-    "S2Lora",
-    "S2ft",
-    "Shira",
-    "Smt",
-    "Snell",
-    "Snella",
-    "Svfit",
-    "Tokens",
-]
+    "Bottleneck", "Dora", "Hydra", "Loldu", "Lora", "LoraSb", "Mosa", "Nlora", "Paca", "Rosa", "S2Lora", "S2ft",
+    "Shira", "Smt", "Snell", "Snella", "Svfit", "Tokens",
+]  # fmt: skip
