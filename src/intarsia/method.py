@@ -117,6 +117,7 @@ class Method(Named, ABC):
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # names of trained tensors (up, down) whose product acts: B, A
+    allots: ClassVar[str] = ""  # what ``reallocate`` deals out among the sites: entries, ranks
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason
 
@@ -188,6 +189,15 @@ class Method(Named, ABC):
         """Called after every optimizer step that this state took part in; may write tensors of the state, in place. ``lr`` is the
         learning rate that the optimizer has for the state's first trained tensor."""
 
+    def reallocate(self, states: Mapping[str, Any], step: int, steps: int) -> Mapping[str, int]:
+        """Give and take between the sites after optimizer step ``step`` (from 1) of ``steps``: may write constants of ``states``, p by
+        site, in place, and depends on nothing else, so that a resumed run goes on alike. See :func:`intarsia.allocators.reallocate`.
+
+        Returns:
+            How much each site has now, of what :attr:`allots` names; empty where nothing was due.
+        """
+        return {}
+
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""
         return None
@@ -221,6 +231,13 @@ class Method(Named, ABC):
         """
         return {name: (self, {}) for name in sites}
 
+    def prefix(self, edit: Edit, rank: int) -> Edit:
+        """What the first ``rank`` ranks of an edit do alone. Raises IntarsiaError where they were not trained for that."""
+        raise IntarsiaError(
+            f"the first ranks of {self.name} are no adapter of their own (those of dylora are); the nearest change of a lower rank is "
+            "another one: intarsia compress --to low-rank"
+        )
+
     def at(self, edit: Edit, site: Site) -> Method:
         """The method as it was at a site, from the edit that it made there."""
         return self
@@ -249,7 +266,7 @@ class Method(Named, ABC):
 
     def wants_callback(self) -> bool:
         """Whether something is to be called between steps, besides the hooks that every optimizer calls by itself."""
-        return any(self.moves(step, 1000) for step in range(1, 1001))
+        return type(self).reallocate is not Method.reallocate or any(self.moves(step, 1000) for step in range(1, 1001))
 
     def grows_by(self) -> str:
         """The scorer by which a support that moves grows."""

@@ -20,7 +20,8 @@ from intarsia.named import Catalogue, N, Named
 METHODS: Catalogue[Method] = Catalogue("method", "intarsia.methods")
 register = METHODS.register
 OUTSIDE = "package.module:function"  # how something of another package is named
-ROOMS = ("intarsia.analyze", "intarsia.compress", "intarsia.merge")  # that have systems which are no methods
+# That have systems which are no methods:
+ROOMS = ("intarsia.allocators", "intarsia.analyze", "intarsia.compress", "intarsia.merge")
 
 
 @dataclass(frozen=True)

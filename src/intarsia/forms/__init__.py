@@ -6,15 +6,22 @@ from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta, Remade
 from intarsia.forms.factored import Factored
+from intarsia.forms.gated import Gated
+from intarsia.forms.growing import Growing
+from intarsia.forms.importance import Sensed, falling, smooth
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
+from intarsia.forms.nested import Nested
+from intarsia.forms.paced import Paced
 from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
 from intarsia.forms.split import Split
+from intarsia.forms.threshold import HEIGHTS, soft, soft_in_turns
 
 __all__ = [
+    "HEIGHTS",
     "SCHEDULES",
     "SCORER_NAMES",
     "Chosen",
@@ -22,16 +29,25 @@ __all__ = [
     "Coupled",
     "Delta",
     "Factored",
+    "Gated",
+    "Growing",
     "Insert",
     "Joint",
     "Kernel",
+    "Nested",
+    "Paced",
     "Pair",
     "Part",
     "Remade",
     "Rescale",
+    "Sensed",
     "Sparse",
     "Split",
     "auto_scale",
     "carried",
     "carry",
+    "falling",
+    "smooth",
+    "soft",
+    "soft_in_turns",
 ]

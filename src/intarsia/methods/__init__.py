@@ -2,7 +2,9 @@
 
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
+from intarsia.methods.dylora import Dylora
 from intarsia.methods.hydra_par_seq import Hydra
+from intarsia.methods.increlora import Increlora
 from intarsia.methods.loldu import Loldu
 from intarsia.methods.lora import Lora
 from intarsia.methods.lora_sb import LoraSb
@@ -19,10 +21,12 @@ from intarsia.methods.shira import Shira
 from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
+from intarsia.methods.sora import Sora
 from intarsia.methods.svfit import Svfit
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Bottleneck", "Dora", "Hydra", "Loldu", "Lora", "LoraSb", "Melora", "Mosa", "Nlora", "Nola", "Paca", "Randlora",
-    "Rosa", "S2Lora", "S2ft", "Shira", "Smt", "Snell", "Snella", "Svfit", "Tokens",
+    "Bottleneck", "Dora", "Dylora", "Hydra", "Increlora", "Loldu", "Lora", "LoraSb", "Melora", "Mosa", "Nlora",
+    "Nola", "Paca", "Randlora", "Rosa", "S2Lora", "S2ft", "Shira", "Smt", "Snell", "Snella", "Sora", "Svfit",
+    "Tokens",
 ]  # fmt: skip

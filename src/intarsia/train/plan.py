@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intarsia import processes, registry
+from intarsia import allocators, processes, registry
 from intarsia.bases import packing_of
 from intarsia.disjoint import adapters_to_avoid
 from intarsia.errors import IntarsiaError
@@ -69,6 +69,7 @@ class Plan:
 
     config: Config
     method: Method
+    allocator: allocators.Allocator | None  # who trains when
     avoid: list[Adapter]  # whose entries are not chosen
     pretrained: Pretrained
     train: list[Example]
@@ -106,6 +107,9 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     if config.train.shard and config.load_in:
         raise IntarsiaError(f"train.shard deals out plain weights; leave load_in={config.load_in} out, or train.shard")
     method = registry.build(config.method)
+    allocator = allocators.build(config.allocator) if config.allocator is not None else None
+    if allocator is not None and processes.count() > 1:
+        raise IntarsiaError(f"{allocator.name} works in one process so far; start one, or leave allocator out")
     if pretrained is None:
         device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
         pretrained = load_pretrained(
@@ -154,7 +158,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         lr=config.train.lr or method.default_lr,
     )
     depends_on = settings(config, method, pretrained, avoid)
-    return Plan(config, method, avoid, pretrained, train, held_out, reports, estimate, snapshots, depends_on)
+    return Plan(config, method, allocator, avoid, pretrained, train, held_out, reports, estimate, snapshots, depends_on)
 
 
 def _to_avoid(config: Config, method: Method) -> list[Adapter]:
@@ -213,6 +217,8 @@ def settings(config: Config, method: Method, pretrained: Pretrained, avoid: Iter
     """All that the result of a run depends on: the config without what is free, the data, the base and the adapters to avoid by
     digest."""
     flat = _flat(config.model_dump(mode="json") | {"method": method.config()})
+    if config.allocator is not None:
+        flat |= _flat({"allocator": allocators.build(config.allocator).config()})
     others = {"avoid": [adapter.digest[:12] for adapter in avoid]} if config.avoid else {}
     files = {"data.train": config.data.train, "data.eval": config.data.eval}
     digests = {
