@@ -32,6 +32,10 @@ class Rescale(Method):
     def length(self, V: Tensor) -> Tensor:
         """||V|| by rows, as the backward pass is to see it. (O, I) -> (O,)."""
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
+        return self.inside().pairs
+
     def check(self, site: Site) -> str | None:
         return self.inside().check(site)
 
