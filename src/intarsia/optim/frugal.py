@@ -158,7 +158,8 @@ class FrugalRecipe(Projecting):
     name, title, paper = "frugal", "FRUGAL", "arXiv:2411.07837"
     formula, state = "W <- W - lr (up(inner(down G)) + kappa sign(rest))", "2 rho m n + rho n"
     default_lr = 1e-3
-    small = (*({"density": 0.5, "gap": 3, "selector": name} for name in ("columns", "entries", "block", "random")),
+    small = (*({"density": 0.5, "gap": 3, "selector": name} for name in ("columns", "entries", "random")),
+             {"density": 0.3333, "gap": 2, "selector": "block"},
              {"density": 0.4, "gap": 2, "selector": "svd", "rest": "none", "reset": False},
              {"density": 0.0, "gap": 2, "selector": "rows", "rest": "sgd", "kappa": 0.1})  # fmt: skip
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intarsia.errors import IntarsiaError
+
 Shape = tuple[int, int]
 Kept = Mapping[str, Tensor]
 
@@ -103,6 +105,11 @@ class Subspace(Projection):
 
 
 def _svd(G: Tensor, r: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    if not bool(G.isfinite().all()):
+        raise IntarsiaError(
+            "a gradient has numbers that are not finite, so it has no leading singular vectors: the training diverged; lower the "
+            "learning rate, or clip the gradient"
+        )
     # In float32 at least: there is no decomposition in bfloat16.
     U, _, Vh = torch.linalg.svd(G.to(torch.promote_types(G.dtype, torch.float32)), full_matrices=False)
     return U[:, :r].contiguous(), Vh[:r].mT.contiguous()
