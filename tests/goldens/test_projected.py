@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -62,7 +63,16 @@ def galore(W: Tensor, gradients: list[Tensor], r: int, T: int, lr: float, alpha:
 
 
 def fira(
-    W: Tensor, gradients: list[Tensor], r: int, T: int, lr: float, alpha: float, wd: float, gamma: float, official: bool, whole: bool
+    W: Tensor,
+    gradients: list[Tensor],
+    r: int,
+    T: int,
+    lr: float,
+    alpha: float,
+    wd: float,
+    gamma: float,
+    official: bool,
+    whole: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     b1, b2, eps = 0.9, 0.999, 1e-6
     W, M, V, seen, rests = W.detach().clone(), torch.zeros(1), torch.zeros(1), [], []
@@ -142,7 +152,9 @@ def test_updates_lie_in_the_subspace_between_refreshes_and_leave_it_after(shape)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_gradient_of_low_rank_loses_nothing_and_the_first_step_has_a_closed_form(shape):
     g = torch.Generator().manual_seed(3)
-    G = torch.randn(shape[0], 2, generator=g, dtype=torch.float64) @ torch.randn(2, shape[1], generator=g, dtype=torch.float64)
+    G = torch.randn(shape[0], 2, generator=g, dtype=torch.float64) @ torch.randn(
+        2, shape[1], generator=g, dtype=torch.float64
+    )
     W, (P, left) = start(shape), subspace(G, 3)
     before = W.detach().clone()
     optimizer = optim.GaLore([W], lr=0.1, rank=3, scale=0.25)
@@ -232,7 +244,7 @@ def test_the_rest_is_outside_of_the_subspace_and_a_spike_does_not_get_through(sh
         norms.append(float(S.norm()))
         before = after
     assert float(optimizer.state[W]["norm"]) == pytest.approx(norms[-1], rel=1e-9)
-    assert all(b <= 1.01 * a * (1 + 1e-6) for a, b in zip(norms, norms[1:], strict=False))
+    assert all(b <= 1.01 * a * (1 + 1e-6) for a, b in pairwise(norms))
     assert norms[5] == pytest.approx(1.01 * norms[4], rel=1e-6)
     W = start(shape)
     follow(free := optim.Fira([W], lr=0.1, rank=3, gap=99, limiter=0), W, gradients)
@@ -251,7 +263,10 @@ def test_fira_leaves_the_subspace_within_a_period(shape):
 
 def test_vectors_under_fira_are_adamws():
     runs = []
-    for optimizer in (lambda W: torch.optim.AdamW([W], 0.05, eps=1e-6), lambda W: optim.Fira([W], torch.optim.AdamW, 0.05, eps=1e-6, weight_decay=1e-2)):
+    for optimizer in (
+        lambda W: torch.optim.AdamW([W], 0.05, eps=1e-6),
+        lambda W: optim.Fira([W], torch.optim.AdamW, 0.05, eps=1e-6, weight_decay=1e-2),
+    ):
         W = start((7,))
         runs.append(follow(optimizer(W), W, stream((7,))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -290,7 +305,16 @@ def test_frugal_is_the_loop_of_the_authors(shape, selector, reset, rest):
     W, gradients = start(shape), stream(shape)
     lr, wd, kappa, scale, density, T = 0.05, 0.1, 0.5, 0.8, 0.5, 4
     optimizer = optim.Frugal(
-        [W], lr=lr, weight_decay=wd, kappa=kappa, scale=scale, density=density, gap=T, selector=selector, reset=reset, rest=rest
+        [W],
+        lr=lr,
+        weight_decay=wd,
+        kappa=kappa,
+        scale=scale,
+        density=density,
+        gap=T,
+        selector=selector,
+        reset=reset,
+        rest=rest,
     )
     w, state, P, left, mask = W.detach().clone(), {}, torch.zeros(1), True, torch.zeros(1)
     m, n = shape
@@ -384,7 +408,9 @@ def test_columns_are_drawn_anew_every_period():
 @pytest.mark.parametrize("order", ["ascending", "descending", "random", "mirror"])
 def test_blocks_are_active_equally_often_and_only_they_have_a_state(order):
     weights = [start((4, 3)) for _ in range(8)]
-    optimizer = optim.Frugal(weights, torch.optim.AdamW, 0.1, density=0.25, selector="block", gap=2, order=order, kappa=0.5)
+    optimizer = optim.Frugal(
+        weights, torch.optim.AdamW, 0.1, density=0.25, selector="block", gap=2, order=order, kappa=0.5
+    )
     times, turns = [0] * 8, []
     for step in range(8):
         before = [W.detach().clone() for W in weights]
@@ -433,7 +459,10 @@ def test_frugal_with_svd_and_nothing_else_is_galore(shape):
     close(seen, galore(start(shape), gradients, 3, 4, 0.05, 0.25, 0.0))
 
 
-@pytest.mark.parametrize(("projection", "shape"), [(Lines(0.5, 1), (4, 6)), (Lines(0.5, 0), (4, 6)), (Entries(0.25), (4, 6)), (Subspace(2), (4, 6))])
+@pytest.mark.parametrize(
+    ("projection", "shape"),
+    [(Lines(0.5, 1), (4, 6)), (Lines(0.5, 0), (4, 6)), (Entries(0.25), (4, 6)), (Subspace(2), (4, 6))],
+)
 def test_down_and_up_are_each_others_transpose_and_the_rest_is_what_is_missing(projection, shape):
     G, H = stream(shape, 2)
     kept = projection.draw(G, generator(0, 0, 0))

@@ -114,14 +114,16 @@ class TestLaws:
         optimizer = recipe.build(model, LR)
         for step in range(5):
             train(model, optimizer, range(step, step + 1))
-            assert sum(t.numel() for t in tensors(optimizer)) == sum(recipe.numbers(tuple(p.shape)) for p in trained(model))
+            assert sum(t.numel() for t in tensors(optimizer)) == sum(
+                recipe.numbers(tuple(p.shape)) for p in trained(model)
+            )
         assert optim.state_bytes(optimizer) == 4 * sum(t.numel() for t in tensors(optimizer))
 
     def test_what_has_no_gradient_is_left_alone(self, cls, settings):
         recipe = cls(**settings)
         model = model_for(recipe)
         optimizer = recipe.build(model, LR, weight_decay=0.1)
-        first = list(model.children())[0]
+        first = next(iter(model.children()))
         for p in first.parameters():
             p.requires_grad_(False)
         before = copies(first) or [p.detach().clone() for p in first.parameters()]
@@ -236,7 +238,11 @@ class TestLaws:
 
 
 INNERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam", "Adadelta", "ASGD", "Rprop")
-OUTERS = [(optim.GaLore, {"rank": 3, "gap": 2}), (optim.Fira, {"rank": 3, "gap": 2}), (optim.Frugal, {"gap": 2, "density": 0.5})]
+OUTERS = [
+    (optim.GaLore, {"rank": 3, "gap": 2}),
+    (optim.Fira, {"rank": 3, "gap": 2}),
+    (optim.Frugal, {"gap": 2, "density": 0.5}),
+]
 FULL = [
     (optim.GaLore, {"rank": 99, "gap": 2, "scale": 1.0}),
     (optim.Fira, {"rank": 99, "gap": 2}),
@@ -264,7 +270,9 @@ def test_at_full_rank_around_sgd_it_is_sgd(outer, settings):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [s for o, s in FULL if o is optim.Frugal and s["selector"] != "svd"], ids=lambda s: s["selector"])
+@pytest.mark.parametrize(
+    "settings", [s for o, s in FULL if o is optim.Frugal and s["selector"] != "svd"], ids=lambda s: s["selector"]
+)
 def test_frugal_of_density_1_is_adamw(settings):
     models = [small_net() for _ in range(2)]
     plain = torch.optim.AdamW(models[0].parameters(), lr=1e-2, weight_decay=0.1)
@@ -327,7 +335,10 @@ def test_between_steps_only_the_state_is_kept():
     train(model, optimizer, range(2))
     assert all(proxy.numel() == 0 and proxy.grad is None for proxy in optimizer.proxies.values())
     assert {t.data_ptr() for t in tensors(optimizer)} >= {
-        t.data_ptr() for state in optimizer.inner.state.values() for t in state.values() if isinstance(t, Tensor) and t.ndim
+        t.data_ptr()
+        for state in optimizer.inner.state.values()
+        for t in state.values()
+        if isinstance(t, Tensor) and t.ndim
     }
 
 
@@ -349,11 +360,11 @@ def test_a_step_that_fails_leaves_no_proxy_filled():
         ({"name": "galore", "lr": 3}, "galore has no field 'lr'; it is train.lr"),
         ({"name": "galore", "rank": 0}, "rank=0 must be a whole number, 1 or more"),
         ({"name": "galore", "rank": "many"}, "galore: rank='many' is a str; expected int"),
-        ({"name": "fira", "limiter": 0.5}, "Fira: limiter=0.5 must be 1 or more, or 0"),
+        ({"name": "fira", "limiter": 0.5}, "fira: limiter=0.5 must be 1 or more, or 0"),
         ({"name": "frugal", "density": 2.0}, r"density=2.0 must be in \[0, 1\]"),
         ({"name": "frugal", "inner": "adam"}, "inner='adam' must be one of adamw"),
         ({"name": "lora-plus", "ratio": 0.5}, "lora-plus: ratio=0.5 must be 1 or more"),
-        ({"name": "lora-rite", "drop": -1.0}, "LoraRite: drop=-1.0 must be 0 or more"),
+        ({"name": "lora-rite", "drop": -1.0}, "lora-rite: drop=-1.0 must be 0 or more"),
         ({"rank": 3}, "an optimizer is given as"),
     ],
 )

@@ -14,4 +14,18 @@ from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
-__all__ = ["Bottleneck", "Dora", "Full", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = [
+    "Bottleneck",
+    "Dora",
+    "Full",
+    "Lora",
+    "Mosa",
+    "Paca",
+    "Rosa",
+    "S2ft",
+    "Shira",
+    "Smt",
+    "Snell",
+    "Snella",
+    "Tokens",
+]

@@ -62,7 +62,10 @@ class Recipe(ABC):
         for field in ("beta1", "beta2"):
             self.require(0 <= getattr(self, field) < 1, field, "in [0, 1)")
         self.require(0 <= self.eps < math.inf, "eps", "0 or more")
-        self.make([nn.Parameter(torch.zeros(2, 2))], 0.0, 0.0)  # its own checks speak for the other fields
+        try:  # its own checks speak for the other fields
+            self.make([nn.Parameter(torch.zeros(2, 2))], 0.0, 0.0)
+        except IntarsiaError as error:
+            raise IntarsiaError(f"{self.name}: {str(error).partition(': ')[2] or error}") from None
 
     @abstractmethod
     def make(self, groups: Params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
