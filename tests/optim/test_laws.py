@@ -223,7 +223,8 @@ class TestLaws:
             def before_step(self, p: Any) -> None:
                 calls.append("before")
 
-            def after_step(self, p: Any) -> None:
+            def after_step(self, p: Any, lr: float) -> None:
+                assert lr in {group["lr"] for group in optimizer.param_groups}
                 calls.append("after")
 
         model = small_net()

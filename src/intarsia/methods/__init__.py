@@ -3,6 +3,7 @@
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
 from intarsia.methods.full import Full
+from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.lora import Lora
 from intarsia.methods.mosa import Mosa
 from intarsia.methods.paca import Paca
@@ -15,17 +16,5 @@ from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Bottleneck",
-    "Dora",
-    "Full",
-    "Lora",
-    "Mosa",
-    "Paca",
-    "Rosa",
-    "S2ft",
-    "Shira",
-    "Smt",
-    "Snell",
-    "Snella",
-    "Tokens",
-]
+    "Bottleneck", "Dora", "Full", "Hydra", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens",
+]  # fmt: skip

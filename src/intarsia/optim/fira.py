@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
-from intarsia.method import option
+from intarsia.named import option
 from intarsia.optim.adam import PaperAdamW, correction
 from intarsia.optim.galore import InSubspace, Subspaced, decay
 from intarsia.optim.recipe import register

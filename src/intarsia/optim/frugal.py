@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
-from intarsia.method import option
+from intarsia.named import option
 from intarsia.optim.galore import decay
 from intarsia.optim.projection import Entries, Lines, Projection, Shape, Subspace, Whole, generator
 from intarsia.optim.recipe import Projecting, register

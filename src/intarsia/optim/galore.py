@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from intarsia.method import option
+from intarsia.named import option
 from intarsia.optim.adam import PaperAdamW
 from intarsia.optim.projection import BASES, SIDES, Subspace, generator
 from intarsia.optim.recipe import Projecting, register

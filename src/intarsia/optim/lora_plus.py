@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from intarsia.method import option
+from intarsia.named import option
 from intarsia.optim.parts import Part, grouped
 from intarsia.optim.recipe import Recipe, register
 from intarsia.optim.wrapped import Params

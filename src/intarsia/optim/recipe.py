@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import importlib.metadata
 import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from intarsia.errors import IntarsiaError, nearest
-from intarsia.method import option
+from intarsia.errors import IntarsiaError
+from intarsia.named import Catalogue, Named, option
 from intarsia.optim.adam import PaperAdamW
 from intarsia.optim.parts import Part, grouped, parts
 from intarsia.optim.wrapped import Inner, Params
-from intarsia.registry import System, fit
-
-GROUP = "intarsia.optimizers"
-
+from intarsia.registry import System, made, system_of
 
 # What may be inside by name, and how many numbers it keeps for each that it sees.
 INNERS: dict[str, tuple[Inner, int]] = {
@@ -40,7 +35,7 @@ INNERS: dict[str, tuple[Inner, int]] = {
 
 
 @dataclass(frozen=True)
-class Recipe(ABC):
+class Recipe(Named, ABC):
     """How an optimizer is made. Subclasses are frozen dataclasses; their fields are its settings, the learning rate aside."""
 
     inner: str = option("adamw", "the optimizer inside: " + ", ".join(INNERS))
@@ -48,10 +43,6 @@ class Recipe(ABC):
     beta2: float = option(0.999, "decay of the second moment")
     eps: float = option(1e-8, "what keeps the inner optimizer from dividing by zero")
 
-    name: ClassVar[str]  # as in configs and on the command line
-    title: ClassVar[str]  # as in the paper
-    formula: ClassVar[str]  # one line
-    paper: ClassVar[str]  # "arXiv:...."
     state: ClassVar[str]  # numbers kept of an m x n matrix around Adam, as a formula
     default_lr: ClassVar[float]  # of the paper
     needs_pairs: ClassVar[bool] = False  # whether it has to know which tensors act as a pair
@@ -119,15 +110,6 @@ class Recipe(ABC):
         """Numbers that the inner optimizer keeps for each that it sees."""
         return INNERS[self.inner][1]
 
-    def config(self) -> dict[str, Any]:
-        """Name and fields as plain JSON values; :func:`build` makes an equal one of it."""
-        return {"name": self.name} | dataclasses.asdict(self)
-
-    def require(self, holds: bool, field: str, expected: str) -> None:
-        """One readable error for a field out of its range."""
-        if not holds:
-            raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")
-
 
 @dataclass(frozen=True)
 class Projecting(Recipe):
@@ -144,35 +126,8 @@ class Projecting(Recipe):
         return grouped(chosen, {"projected": {}, "plain": {"project": False}})
 
 
-_KNOWN: dict[str, type[Recipe]] = {}
-R = TypeVar("R", bound=type[Recipe])
-
-
-def register(cls: R) -> R:
-    """Class decorator: make an optimizer known under its ``name``. A name that is taken is an error."""
-    taken = _KNOWN.get(cls.name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise IntarsiaError(f"the optimizer name {cls.name!r} of {cls.__module__} is taken by {taken.__module__}")
-    _KNOWN[cls.name] = cls
-    return cls
-
-
-@functools.cache
-def _load() -> None:
-    for point in importlib.metadata.entry_points(group=GROUP):
-        try:
-            register(point.load())
-        except Exception as error:
-            raise IntarsiaError(
-                f"the package {point.dist.name if point.dist else '?'} offers the optimizer {point.name!r}, "
-                f"but loading {point.value} failed: {error}; repair or uninstall that package"
-            ) from error
-
-
-def optimizers() -> dict[str, type[Recipe]]:
-    """Every known optimizer, by name, in alphabetical order."""
-    _load()
-    return dict(sorted(_KNOWN.items()))
+OPTIMIZERS: Catalogue[Recipe] = Catalogue("optimizer", "intarsia.optimizers")
+register, optimizers = OPTIMIZERS.register, OPTIMIZERS.known
 
 
 def build(config: str | Mapping[str, Any], also: Iterable[str] = ()) -> Recipe:
@@ -184,38 +139,10 @@ def build(config: str | Mapping[str, Any], also: Iterable[str] = ()) -> Recipe:
     Raises:
         IntarsiaError: for an unknown name or field (with the nearest), a wrong type, or a value out of range.
     """
-    config = {"name": config} if isinstance(config, str) else config
-    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
-        raise IntarsiaError(f"an optimizer is given as {{name: ..., field: value}}; found {config!r}")
-    known = optimizers()
-    if config["name"] not in known:
-        raise IntarsiaError(f"unknown optimizer {config['name']!r}; {nearest(config['name'], [*known, *also])}")
-    cls = known[config["name"]]
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in config.items():
-        if key == "name":
-            continue
-        if key not in fields:
-            hint = "it is train.lr" if key == "lr" else nearest(key, fields)
-            raise IntarsiaError(f"{cls.name} has no field {key!r}; {hint}")
-        values[key] = fit(cls.name, fields[key], value)
-    return cls(**values)
+    config = OPTIMIZERS.told(config)
+    return made(OPTIMIZERS.find(config["name"], also), config, {"lr": "it is train.lr"})
 
 
 def systems() -> list[System]:
     """What ``intarsia methods`` tells of the optimizers."""
-    return [
-        System(
-            id=name,
-            kind="optimizer",
-            role="optimizer",
-            title=cls.title,
-            formula=cls.formula,
-            paper=cls.paper,
-            about=cls.__module__,
-            fields=tuple((f.name, f) for f in dataclasses.fields(cls)),
-            facts={"state": cls.state, "default_lr": cls.default_lr},
-        )
-        for name, cls in optimizers().items()
-    ]
+    return [system_of(cls, "optimizer", state=cls.state, default_lr=cls.default_lr) for cls in optimizers().values()]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
-from intarsia.method import option
+from intarsia.named import option
 from intarsia.optim.parts import Part, grouped, pairs
 from intarsia.optim.recipe import Recipe, register
 from intarsia.optim.wrapped import Inner, Params, Wrapped
