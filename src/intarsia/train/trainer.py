@@ -434,6 +434,13 @@ class AdapterTrainer(Trainer):
         """Whether a snapshot is to be taken after this step."""
         return self.state.global_step in self.run.ready.snapshots
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        recipe, config = self.run.ready.optimizer, self.run.ready.config.train
+        if recipe is not None and getattr(self, "optimizer", None) is None:
+            self.optimizer = recipe.build(self.run.model, self.args.learning_rate, config.weight_decay)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         config = self.run.ready.config.train
         factor = functools.partial(schedule, steps=self.run.steps, warmup=config.warmup, kind=config.schedule)
@@ -514,7 +521,9 @@ def _arguments(run: _Run) -> TrainingArguments:
         learning_rate=run.ready.estimate.lr,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=OPTIMIZERS[config.optimizer],
+        optim=OPTIMIZERS[
+            config.optimizer if isinstance(config.optimizer, str) and not run.ready.optimizer else "adamw"
+        ],
         seed=run.ready.config.seed,
         data_seed=run.ready.config.seed,
         logging_steps=config.log_every,
