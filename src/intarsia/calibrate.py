@@ -219,9 +219,7 @@ class Mapped:
 class _Inputs(Watch):
     """What comes into layers, summed in several ways, gathered by hooks that only look. ``leaders``: see ``same_inputs``."""
 
-    def __init__(
-        self, model: nn.Module, leaders: Mapping[str, str], needs: frozenset[str], sums: Mapped
-    ) -> None:
+    def __init__(self, model: nn.Module, leaders: Mapping[str, str], needs: frozenset[str], sums: Mapped) -> None:
         super().__init__(model, sorted(set(leaders.values()), key=list(leaders).index), self._sum)
         self.leaders, self.needs, self.grams = leaders, needs, sums
         self.squares: dict[str, Tensor] = {}

@@ -22,7 +22,12 @@ _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
 GROUP = "intarsia.methods"
-ROOMS = ("intarsia.analyze", "intarsia.compress", "intarsia.merge")  # that have systems which are no methods
+ROOMS = (
+    "intarsia.analyze",
+    "intarsia.compress",
+    "intarsia.merge",
+    "intarsia.shrink",
+)  # that have systems which are no methods
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def rule(name: str) -> Rule:
         return partial(pruned, share=float(found[1]) / 100)
     if found := re.fullmatch(r"(\d)bit(?:/(\d+))?", name):
         return partial(rounded, bits=int(found[1]), group=int(found[2] or 64))
-    raise IntarsiaError(f"unknown rule {name!r} to compress a weight; expected 2:4, a share such as 50%, or 4bit, 4bit/128")
+    raise IntarsiaError(
+        f"unknown rule {name!r} to compress a weight; expected 2:4, a share such as 50%, or 4bit, 4bit/128"
+    )
 
 
 @torch.no_grad()
@@ -89,7 +91,9 @@ def degrade(model: nn.Module, how: str | Rule, layers: Mapping[str, nn.Module] |
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]
     packed = [name for name, weight in weights.items() if not packing_of(weight).in_place]
     if packed:
-        raise IntarsiaError(f"{packed[0]}: its weight is stored in {packing_of(weights[packed[0]]).name(weights[packed[0]])} already")
+        raise IntarsiaError(
+            f"{packed[0]}: its weight is stored in {packing_of(weights[packed[0]]).name(weights[packed[0]])} already"
+        )
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     for weight in weights.values():
         weight.copy_(apply(weight))
