@@ -91,6 +91,11 @@ class Factored:
     layers: list[Layer]
 
     @property
+    def thin(self) -> int:
+        """How many layers are two now."""
+        return sum(layer.rank is not None for layer in self.layers)
+
+    @property
     def before(self) -> int:
         return sum(layer.before for layer in self.layers)
 
@@ -99,9 +104,8 @@ class Factored:
         return sum(layer.after for layer in self.layers)
 
     def __str__(self) -> str:
-        thin = sum(layer.rank is not None for layer in self.layers)
         return (
-            f"{thin} of {len(self.layers)} layers are thin; their weights took {self.before:,} numbers and take {self.after:,} "
+            f"{self.thin} of {len(self.layers)} layers are thin; their weights took {self.before:,} numbers and take {self.after:,} "
             f"({self.after / self.before:.1%})"
         )
 

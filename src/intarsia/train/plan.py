@@ -116,6 +116,11 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
             "train.shard deals the base out for good; leave pretrained out, so that train() loads its own"
         )
     model = pretrained.model
+    if "original" in method.needs() and original_name(config) is None:
+        raise IntarsiaError(
+            f"{method.name} computes from what the compression of the base changed: name the model before it, original: ..., or "
+            "store the base in fewer bits, load_in: nf4"
+        )
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
     targeted = find_sites(model, config.targets, config.exclude)
@@ -155,6 +160,11 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     )
     depends_on = settings(config, method, pretrained, avoid)
     return Plan(config, method, avoid, pretrained, train, held_out, reports, estimate, snapshots, depends_on)
+
+
+def original_name(config: Config) -> str | None:
+    """The model before its weights were compressed: as the config says, or the one that ``load_in`` stores in fewer bits."""
+    return config.original or (config.model if config.load_in else None)
 
 
 def _to_avoid(config: Config, method: Method) -> list[Adapter]:
