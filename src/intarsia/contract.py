@@ -48,7 +48,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
 from intarsia.schedule import regrow
-from intarsia.site import Site, adaptable_layers, site_at
+from intarsia.site import Site, adaptable_layers
 
 Law = Callable[[Method], None]
 
@@ -175,8 +175,8 @@ def _original(model: nn.Module, method: Method) -> dict[str, Any]:
     if "original" not in method.needs():
         return {}
     found = {}
-    for number, name in enumerate(adaptable_layers(model)):
-        W = site_at(model, name).weight.detach()
+    for number, (name, layer) in enumerate(adaptable_layers(model).items()):
+        W = chain.base_weight(layer).detach()
         found[name] = W + 0.1 * _input(W.dtype, tuple(W.shape), seed=number).to(W.device)
     return {"original": found}
 

@@ -18,10 +18,10 @@ repaired already.  Learning rate: LoRA's, not measured here.
 
 from dataclasses import dataclass
 
-from intarsia.bases import principal
 from intarsia.forms import Factored
 from intarsia.method import option
 from intarsia.registry import register
+from intarsia.support import principal
 
 WEIGHTINGS = {"gram": {"gram"}, "diagonal": {"inputs"}, "none": set()}
 

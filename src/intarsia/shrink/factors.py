@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.bases import packing_of
-from intarsia.bases.principal import principal
 from intarsia.bases.thin import Thin, put
 from intarsia.calibrate import Loss, Progress, gather
 from intarsia.errors import IntarsiaError
 from intarsia.site import ALL_LINEAR, find_sites
+from intarsia.support import principal
 
 BY = ("outputs", "weight")
 
