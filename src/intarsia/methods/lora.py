@@ -51,6 +51,17 @@ class Lora(Delta):
     def trained_count(self, shape):
         return self.rank * (shape[0] + shape[1])
 
+    def at(self, edit, site):
+        found = find(self.start).at
+        return found(self, edit, site) if found else self
+
+    def observer(self, site):
+        return find(self.start).observer(self, site)
+
+    def confer(self, observers):
+        if find(self.start).confer:
+            find(self.start).confer(self, observers)
+
     def init(self, site, start):
         (O, I), wide = site.shape, torch.promote_types(site.weight.dtype, torch.float32)
         A = torch.empty(self.rank, I)
