@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from intarsia import store
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sequential, Sparse, Sum, elements
 from intarsia.support import Column
 
 BASE = store.Base("0" * 64, "float32", "somewhere")
@@ -41,4 +41,5 @@ def every_kind() -> dict[str, Edit]:
         "kronecker": Kronecker((12, 10), normal(3, 2), normal(4, 5), 0.5),
         "sum": Sum((12, 10), (small, low), (1.0, 0.5)),
         "rescaled": Rescaled((12, 10), low, torch.ones(12)),
+        "sequential": Sequential((12, 10), normal(12, 3), normal(3, 12, seed=1), 0.5),
     }

@@ -7,10 +7,11 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.errors import IntarsiaError
 
@@ -26,6 +27,13 @@ NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "gram", "mean", "observed
 def option(default: Any, help: str) -> Any:
     """A hyperparameter: its default and one line for the command line, the docs and the config schema."""
     return field(default=default, metadata={"help": help})
+
+
+def as_parameters(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained tensors for a site: copies, float32 or wider, where its weight is."""
+    weight = site.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return {name: nn.Parameter(tensor.to(weight.device, wide, copy=True)) for name, tensor in tensors.items()}
 
 
 class Below(Protocol):
@@ -88,6 +96,10 @@ class Start:
         return torch.Generator().manual_seed(self.key)
 
 
+def _shapes(edit: Edit) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in edit.tensors().items()}
+
+
 class Method(ABC):
     """How an adapter is trained. Subclasses are frozen dataclasses; their fields are the hyperparameters.
 
@@ -133,6 +145,10 @@ class Method(ABC):
     def edit(self, p: Any) -> Edit:
         """What the trained state does to the weight, or beside it, in eval mode, as an edit that knows no method."""
 
+    def bias_edit(self, p: Any) -> Edit | None:
+        """The same for the layer's bias, seen as a matrix (O, 1), where the layer has one; None: it stays."""
+        return None
+
     @abstractmethod
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
         """The state whose :meth:`edit` is this one, to the bit."""
@@ -160,8 +176,14 @@ class Method(ABC):
     def before_step(self, p: Any) -> None:  # noqa: B027
         """Called before every optimizer step that this state takes part in, with the gradients there (``p.A.grad``)."""
 
-    def after_step(self, p: Any) -> None:  # noqa: B027  # most methods have nothing to do here
-        """Called after every optimizer step that this state took part in; may write constants of the state, in place."""
+    def penalty(self, p: Any) -> Tensor | None:
+        """A number that is to be small besides the loss, a function of the state; None: nothing. Its gradient is added to those of
+        the trained tensors before every optimizer step, and before :meth:`before_step`; for a shared tensor once."""
+        return None
+
+    def after_step(self, p: Any, lr: float) -> None:  # noqa: B027  # most methods have nothing to do here
+        """Called after every optimizer step that this state took part in; may write tensors of the state, in place. ``lr`` is the
+        learning rate that the optimizer has for the state's first trained tensor."""
 
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""
@@ -206,6 +228,16 @@ class Method(ABC):
     def at(self, edit: Edit, site: Site) -> Method:
         """The method as it was at a site, from the edit that it made there."""
         return self
+
+    def own(self, edit: Edit, site: Site) -> dict[str, Tensor]:
+        """The tensors of an edit, by their names in it, where it is of the kind, the facts and the shapes that this method makes
+        at the site. For :meth:`restore`. Raises IntarsiaError elsewhere."""
+        fresh = self.edit(SimpleNamespace(shape=site.shape, **self.init(site, Start.at(site.name, 0))))
+        if (edit.kind, edit.facts(), _shapes(edit)) != (fresh.kind, fresh.facts(), _shapes(fresh)):
+            raise IntarsiaError(
+                f"{site.name}: the file has a {edit.kind} edit that its own config does not make: {self}"
+            )
+        return edit.tensors()
 
     def sits_at(self) -> frozenset[str]:
         """The kinds of layers where it can sit as it is set: norms of inputs, and roles, are known for linear layers only."""

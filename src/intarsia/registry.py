@@ -22,12 +22,9 @@ _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
 GROUP = "intarsia.methods"
-ROOMS = (
-    "intarsia.analyze",
-    "intarsia.compress",
-    "intarsia.merge",
-    "intarsia.shrink",
-)  # that have systems which are no methods
+OUTSIDE = "package.module:function"  # how something of another package is named
+# Those that have systems which are no methods:
+ROOMS = ("intarsia.analyze", "intarsia.compress", "intarsia.merge", "intarsia.shrink")
 
 
 @dataclass(frozen=True)
@@ -177,6 +174,24 @@ def build(config: str | Mapping[str, Any]) -> Method:
             )
         values[key] = fit(cls.name, fields[key], value)
     return cls(**values)
+
+
+def imported(what: str, name: str) -> Any:
+    """What ``package.module:function`` names, imported; ``what`` it is to be, for the error.
+
+    Raises:
+        IntarsiaError: where it cannot be imported.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise IntarsiaError(
+            f"{what} {name!r}: {error}; expected {OUTSIDE!r}, importable from where this runs"
+        ) from error
+    return found
 
 
 def fit(owner: str, field: dataclasses.Field[Any], value: Any, called: str = "") -> Any:

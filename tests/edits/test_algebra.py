@@ -22,6 +22,7 @@ from intarsia.edits import (
     Kronecker,
     LowRank,
     Rescaled,
+    Sequential,
     Sparse,
     Sum,
     add,
@@ -88,6 +89,7 @@ MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
         (O, I), (_sparse("line", 4, g), LowRank((O, I), _some(g, O, 1), _some(g, 1, I), 1.0)), (0.5, 2.0)
     ),
     "sparse sum": lambda g: Sum((O, I), (_sparse("tile", 2, g), _sparse("element", None, g)), (-1.0, 0.5)),
+    "sequential": lambda g: Sequential((O, I), _some(g, O, 2), _some(g, 2, O), -0.5),
     "rescaled": lambda g: Rescaled((O, I), _sparse("element", None, g), _some(g, O).abs() + 0.5),
 }
 

@@ -76,7 +76,9 @@ def test_no_repair_of_its_rank_is_better():
         assert error(W, W_c, some @ A, X) > best
     B = torch.randn(O, RANK, generator=generator, dtype=torch.float64, requires_grad=True)
     root = torch.linalg.cholesky(X.T @ X)
-    optimizer = torch.optim.LBFGS([B], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [B], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:  # the best A for a B is in closed form, so gradient descent is over B alone
         optimizer.zero_grad()

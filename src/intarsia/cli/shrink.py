@@ -37,9 +37,12 @@ def shrink(
         ),
     ] = None,
     targets: Annotated[
-        list[str] | None, typer.Option("--target", help="Which layers: all-linear by default, globs, re:...; several times.")
+        list[str] | None,
+        typer.Option("--target", help="Which layers: all-linear by default, globs, re:...; several times."),
     ] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Layers to leave whole; several times.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Layers to leave whole; several times.")
+    ] = None,
     multiple: Annotated[
         int, typer.Option("--multiple", min=1, help="Round ranks up to a multiple of it; GPUs like 128.")
     ] = 1,
@@ -48,7 +51,9 @@ def shrink(
     rows: Annotated[int, typer.Option("--rows", min=4, help="At most so many rows, every fourth to measure on.")] = 256,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens a row; the rest is cut off.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows a forward pass.")] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the shrunk model that stands at OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the shrunk model that stands at OUT.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Shrink a model: its linear layers become two thin ones each (LoRD). Every command takes what comes of it as a model."""
@@ -79,7 +84,9 @@ def shrink(
             )
         done = room.factorize(pretrained.model, known, wanted, multiple=multiple)
         if not done.thin:
-            raise IntarsiaError("no layer would take fewer numbers at these ranks, so nothing is written; give a lower --rank")
+            raise IntarsiaError(
+                "no layer would take fewer numbers at these ranks, so nothing is written; give a lower --rank"
+            )
         after = measure(pretrained.model)
         written = room.save(pretrained.model, pretrained.tokenizer, output, overwrite=overwrite)
     if json:

@@ -19,11 +19,12 @@ from intarsia.edits.edit import (
 from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
+from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 
 __all__ = [
     "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Bottleneck", "Dense", "Edit", "Insert", "Inserted",
-    "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sparse", "Sum", "add", "build_edit", "check_finite",
+    "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sequential", "Sparse", "Sum", "add", "build_edit", "check_finite",
     "columns", "elements", "gathered", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms",
     "scale", "sizes", "sparsify", "summed", "to_dense", "want_numbers", "want_tensors",
 ]  # fmt: skip

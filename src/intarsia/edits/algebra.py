@@ -17,6 +17,7 @@ from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
 from intarsia.edits.insert import Insert
 from intarsia.edits.kernel import Kernel
+from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 from intarsia.errors import IntarsiaError
 
@@ -54,8 +55,9 @@ def _(edit: Dense, factor: float) -> Edit:
 @_scale.register(LowRank)
 @_scale.register(Kronecker)
 @_scale.register(Kernel)
+@_scale.register(Sequential)
 @_scale.register(Insert)
-def _(edit: LowRank | Kronecker | Kernel | Insert, factor: float) -> Edit:
+def _(edit: LowRank | Kronecker | Kernel | Sequential | Insert, factor: float) -> Edit:
     return replace(edit, scale=factor * edit.scale)
 
 

@@ -5,6 +5,7 @@ from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
+from intarsia.forms.factored import Factored
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
@@ -20,6 +21,7 @@ __all__ = [
     "Competing",
     "Coupled",
     "Delta",
+    "Factored",
     "Insert",
     "Joint",
     "Kernel",

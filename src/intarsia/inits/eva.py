@@ -11,7 +11,7 @@ how many of its own are among them; one with none gets no adapter. alpha follows
 Only tokens that are trained on are seen (``labels``), where there are labels. Options are fields of the method ``eva``; LoRA itself with
 ``start="eva"`` has their defaults. ``center`` takes the mean out, as HF PEFT does (an incremental PCA); the paper's SVD does not.
 Layers that are given the same tensor share one SVD, which PEFT finds out by a hash. The SVD is exact for batches of up to 256
-tokens or inputs, otherwise by subspace iteration until it moves by less than 1e-6 of the largest; PEFT takes torch.svd_lowrank.
+tokens or inputs, otherwise by subspace iteration until no s^2 moves by more than a millionth; PEFT takes torch.svd_lowrank.
 After 50 passes over the data what is known then is taken; PEFT goes on for ever.
 """
 

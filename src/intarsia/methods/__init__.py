@@ -4,6 +4,7 @@ from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
 from intarsia.methods.eora import Eora
 from intarsia.methods.eva import Eva
+from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.lora import Lora
 from intarsia.methods.mosa import Mosa
 from intarsia.methods.paca import Paca
@@ -15,4 +16,7 @@ from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
-__all__ = ["Bottleneck", "Dora", "Eora", "Eva", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = [
+    "Bottleneck", "Dora", "Eora", "Eva", "Hydra", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell",
+    "Snella", "Tokens",
+]  # fmt: skip

@@ -21,7 +21,9 @@ class Eva(Lora):
     start: str = option("eva", "how A and B start: eva")
     rho: float = option(RHO, "a weight gets at most rho times the average rank; 1: all get the same")
     tau: float = option(TAU, "cosine from one batch to the next at which a direction stands still")
-    whiten: bool = option(WHITEN, "divide each direction by the root of its singular value, which grows with the tokens seen")
+    whiten: bool = option(
+        WHITEN, "divide each direction by the root of its singular value, which grows with the tokens seen"
+    )
     center: bool = option(CENTER, "take the mean out of the inputs, as HF PEFT does")
 
     name, title, paper, role = "eva", "EVA", "arXiv:2410.07170", "init"

@@ -554,7 +554,13 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
     if "movement" not in ready.method.needs():
         data = calibration_batches(ready) if ready.method.needs() & GATHERED else None
         attach(
-            model, ready.method, config.targets, **given, data=data, progress=progress.work, original=_original(ready, progress)
+            model,
+            ready.method,
+            config.targets,
+            **given,
+            data=data,
+            progress=progress.work,
+            original=_original(ready, progress),
         )
     elif processes.count() > 1:
         raise IntarsiaError(
