@@ -14,7 +14,20 @@ from pathlib import Path
 import torch
 
 import intarsia as ia
-from intarsia.edits import KINDS, Bottleneck, Dense, Edit, Insert, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
+from intarsia.edits import (
+    KINDS,
+    Bottleneck,
+    Dense,
+    Edit,
+    Insert,
+    Kernel,
+    Kronecker,
+    LowRank,
+    Rescaled,
+    Sequential,
+    Sparse,
+    Sum,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
 from intarsia.merge import KINDS as MERGED_KINDS
@@ -92,6 +105,7 @@ def samples() -> dict[str, Edit]:
     found["sum of rows and low_rank, weighted"] = Sum(shape, (found["rows"], low_rank), (0.5, 2.0))
     kernel = partial(Kernel, shape, torch.linspace(-1, 1, 128).view(2, 64, 1), torch.ones(2, 64, 1), None, rule="soft")
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
+    found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")

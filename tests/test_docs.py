@@ -146,7 +146,7 @@ def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "lora_fa", module)
-    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     spec.loader.exec_module(module)
     run(laws, {"LoraFa": module.LoraFa}, page)
 
@@ -161,7 +161,7 @@ def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gated", module)
-    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     monkeypatch.setitem(edits.INSERTED, "gated bottleneck", None)  # gone again after the test
     spec.loader.exec_module(module)
     run(laws, {"Gated": module.Gated}, page)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from intarsia.errors import IntarsiaError
+from intarsia.named import Named
+from intarsia.named import option as option  # where methods look for it
 
 if TYPE_CHECKING:
     from intarsia.edits import Edit
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 
 # What a method may ask for to start with: see Start. All but the last is gathered of calibration data.
 NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "gram", "mean", "observed", "movement", "original")
-
-
-def option(default: Any, help: str) -> Any:
-    """A hyperparameter: its default and one line for the command line, the docs and the config schema."""
-    return field(default=default, metadata={"help": help})
 
 
 def as_parameters(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,7 +96,7 @@ def _shapes(edit: Edit) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in edit.tensors().items()}
 
 
-class Method(ABC):
+class Method(Named, ABC):
     """How an adapter is trained. Subclasses are frozen dataclasses; their fields are the hyperparameters.
 
     ``p`` below is the state at one site: its tensors as attributes (``p.A``, ``p.values``) in one floating dtype, which is
@@ -108,11 +104,10 @@ class Method(ABC):
     and ``p.shape``, the (O, I) of the weight.
     """
 
-    name: ClassVar[str]  # as in configs and on the command line
-    title: ClassVar[str]  # as in the paper
-    formula: ClassVar[str]  # one line
-    paper: ClassVar[str]  # "arXiv:...."
     trained: ClassVar[str]  # trained numbers a weight, as a formula
+    cost: ClassVar[str] = (
+        "none"  # multiplications a token beside its layer once it is trained; none: it is set into the weight
+    )
     kind: ClassVar[str] = "method"
     role: ClassVar[str] = "adapter"
     mergeable: ClassVar[bool] = True  # whether it changes the weight; else fold raises, and the edit is an insert
@@ -173,7 +168,7 @@ class Method(ABC):
         """What follows from the method and the weight's shape alone; asked once, met again as ``p.traits`` (else None)."""
         return None
 
-    def before_step(self, p: Any) -> None:  # noqa: B027
+    def before_step(self, p: Any) -> None:
         """Called before every optimizer step that this state takes part in, with the gradients there (``p.A.grad``)."""
 
     def penalty(self, p: Any) -> Tensor | None:
@@ -181,7 +176,7 @@ class Method(ABC):
         the trained tensors before every optimizer step, and before :meth:`before_step`; for a shared tensor once."""
         return None
 
-    def after_step(self, p: Any, lr: float) -> None:  # noqa: B027  # most methods have nothing to do here
+    def after_step(self, p: Any, lr: float) -> None:  # most methods have nothing to do here
         """Called after every optimizer step that this state took part in; may write tensors of the state, in place. ``lr`` is the
         learning rate that the optimizer has for the state's first trained tensor."""
 
@@ -251,18 +246,10 @@ class Method(ABC):
         """The share of the support that moves after an optimizer step: number ``step`` of ``steps``, the first is 1."""
         return 0.0
 
+    def wants_callback(self) -> bool:
+        """Whether something is to be called between steps, besides the hooks that every optimizer calls by itself."""
+        return any(self.moves(step, 1000) for step in range(1, 1001))
+
     def grows_by(self) -> str:
         """The scorer by which a support that moves grows."""
         return "gradient"
-
-    def config(self) -> dict[str, Any]:
-        """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""
-        return {"name": self.name} | {
-            f.name: value.config() if isinstance(value := getattr(self, f.name), Method) else value
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
-        }
-
-    def require(self, holds: bool, field: str, expected: str) -> None:
-        """For ``__post_init__``: one readable error for a field out of its range."""
-        if not holds:
-            raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")

@@ -38,6 +38,7 @@ class Bottleneck(Insert):
 
     name, title, paper = "bottleneck", "Bottleneck adapters", "arXiv:2304.01933"
     formula, trained = "y' = y + s up phi(down v), v = x or y", "b (n + m)"
+    cost = "b (n + m)"
     default_lr = 4e-3
     small = ({"width": 3}, {"width": 2, "place": "after", "activation": "gelu", "scale": 2.0, "train_scale": True},
              {"width": 2, "place": "before", "activation": "silu", "start": "bert"})  # fmt: skip
