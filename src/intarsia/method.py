@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # What a method may ask for to start with: see Start. All but the last is gathered of calibration data.
-NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "gram", "mean", "movement", "original")
+NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "gram", "mean", "observed", "movement", "original")
 
 
 def as_parameters(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,6 +55,7 @@ class Start:
         magnitudes: (I,), the sum of each input's magnitude over them.
         gram: (I, I) float64 on the CPU, the mean of x x^T over them.
         mean: (I,) float64 on the CPU, the mean of x over them.
+        observed: what :meth:`Method.observer` gave for the site, or for another that is given the same inputs, after it has seen them.
         movement: (O, I), how far a first, dense training moved the weight.
         original: (O, I), the weight before the base was compressed, in the dtype that it has there.
         index: the support itself, where it is known already.
@@ -70,6 +71,7 @@ class Start:
     magnitudes: Tensor | None = None
     gram: Tensor | None = None
     mean: Tensor | None = None
+    observed: Any = None
     movement: Tensor | None = None
     original: Tensor | None = None
     index: Tensor | None = None
@@ -206,6 +208,13 @@ class Method(Named, ABC):
         """What :meth:`init` needs of calibration data, of :data:`NEEDS`: the fields of ``start`` that are filled."""
         return frozenset()
 
+    def observer(self, site: Site) -> Any:
+        """Where :meth:`needs` names ``observed``: what is to look at the site's inputs, as in :mod:`intarsia.observe`."""
+        raise NotImplementedError
+
+    def confer(self, observers: Mapping[str, Any]) -> None:
+        """Called with the observers of all sites after each batch, where what one of them needs depends on the others."""
+
     def roles_from(self) -> str | None:
         """Where the roles of the sites come from: ``"family"``, a layout by hand (``families.blocks``), or None: not needed."""
         return None
@@ -256,7 +265,7 @@ class Method(Named, ABC):
         """The kinds of layers where it can sit as it is set: norms of inputs, and roles, are known for linear layers only."""
         return (
             self.kinds & {"linear"}
-            if self.needs() & {"inputs", "magnitudes", "gram", "mean"} or self.roles_from()
+            if self.needs() & {"inputs", "magnitudes", "gram", "mean", "observed"} or self.roles_from()
             else self.kinds
         )
 

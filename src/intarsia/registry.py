@@ -21,7 +21,14 @@ METHODS: Catalogue[Method] = Catalogue("method", "intarsia.methods")
 register = METHODS.register
 OUTSIDE = "package.module:function"  # how something of another package is named
 # That have systems which are no methods:
-ROOMS = ("intarsia.allocators", "intarsia.analyze", "intarsia.compress", "intarsia.merge", "intarsia.optim")
+ROOMS = (
+    "intarsia.allocators",
+    "intarsia.analyze",
+    "intarsia.compress",
+    "intarsia.merge",
+    "intarsia.optim",
+    "intarsia.shrink",
+)
 
 
 @dataclass(frozen=True)

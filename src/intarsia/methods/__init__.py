@@ -3,6 +3,8 @@
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
 from intarsia.methods.dylora import Dylora
+from intarsia.methods.eora import Eora
+from intarsia.methods.eva import Eva
 from intarsia.methods.full import Full
 from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.increlora import Increlora
@@ -27,7 +29,7 @@ from intarsia.methods.svfit import Svfit
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Bottleneck", "Dora", "Dylora", "Full", "Hydra", "Increlora", "Loldu", "Lora", "LoraSb", "Melora", "Mosa",
-    "Nlora", "Nola", "Paca", "Randlora", "Rosa", "S2Lora", "S2ft", "Shira", "Smt", "Snell", "Snella", "Sora", "Svfit",
-    "Tokens",
+    "Bottleneck", "Dora", "Dylora", "Eora", "Eva", "Full", "Hydra", "Increlora", "Loldu", "Lora", "LoraSb", "Melora",
+    "Mosa", "Nlora", "Nola", "Paca", "Randlora", "Rosa", "S2Lora", "S2ft", "Shira", "Smt", "Snell", "Snella", "Sora",
+    "Svfit", "Tokens",
 ]  # fmt: skip

@@ -172,6 +172,10 @@ class Config(Section):
     load_in: Literal["nf4", "int8"] | None = Field(
         default=None, description="store the base's linear weights in fewer bits; the adapter then belongs to that base"
     )
+    original: PathText | None = Field(
+        default=None,
+        description="the model before it was compressed, for methods that repair that (eora); with load_in: the model itself",
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     save: SaveConfig = Field(default_factory=SaveConfig)
 

@@ -125,6 +125,11 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
             "train.shard deals the base out for good; leave pretrained out, so that train() loads its own"
         )
     model = pretrained.model
+    if "original" in method.needs() and original_name(config) is None:
+        raise IntarsiaError(
+            f"{method.name} computes from what the compression of the base changed: name the model before it, original: ..., or "
+            "store the base in fewer bits, load_in: nf4"
+        )
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
     targeted = find_sites(model, config.targets, config.exclude)
@@ -191,6 +196,11 @@ def _optimizer_bytes(config: Config, recipe: Recipe | None, shapes: Iterable[tup
         return sum(trained for _, trained in shapes) * STATE_BYTES[str(config.train.optimizer)]
     # Where not the whole weight is trained, as if it were one vector; the state of a pair of factors is at most a little more.
     return 4 * sum(recipe.numbers(shape if math.prod(shape) == trained else (trained,)) for shape, trained in shapes)
+
+
+def original_name(config: Config) -> str | None:
+    """The model before its weights were compressed: as the config says, or the one that ``load_in`` stores in fewer bits."""
+    return config.original or (config.model if config.load_in else None)
 
 
 def _to_avoid(config: Config, method: Method) -> list[Adapter]:

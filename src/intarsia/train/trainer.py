@@ -40,13 +40,14 @@ from intarsia.errors import IntarsiaError
 from intarsia.evaluate import answer_loss, answer_sums
 from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state
 from intarsia.pretrained import Pretrained
+from intarsia.pretrained import load as load_pretrained
 from intarsia.ticket import lottery
 from intarsia.train import first as first_training
 from intarsia.train.allocation import Allocation
 from intarsia.train.config import Config
 from intarsia.train.data import Example, collator
 from intarsia.train.moving import MovingSupport
-from intarsia.train.plan import Plan, plan
+from intarsia.train.plan import Plan, original_name, plan
 from intarsia.train.plots import loss_curve
 from intarsia.train.progress import Log, Pace, Progress, clock
 from intarsia.train.shares import Shares, blank
@@ -588,7 +589,15 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
     given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "avoid": ready.avoid, "seed": config.seed}
     if "movement" not in ready.method.needs():
         data = calibration_batches(ready) if ready.method.needs() & GATHERED else None
-        attach(model, ready.method, config.targets, **given, data=data, progress=progress.work)
+        attach(
+            model,
+            ready.method,
+            config.targets,
+            **given,
+            data=data,
+            progress=progress.work,
+            original=_original(ready, progress),
+        )
     elif processes.count() > 1:
         raise IntarsiaError(
             f"{ready.method.name} by movement trains densely first, which works in one process only so far"
@@ -602,6 +611,14 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
             lottery(
                 model, ready.method, lambda m: first_training.train_densely(ready, m, progress), config.targets, **given
             )
+
+
+def _original(ready: Plan, progress: Progress) -> nn.Module | None:
+    """The model before it was compressed, where the method computes from it; gone again when the adapter is attached."""
+    name = original_name(ready.config)
+    if "original" not in ready.method.needs() or name is None:
+        return None
+    return load_pretrained(name, dtype=ready.config.dtype, progress=progress.say).model
 
 
 @contextlib.contextmanager
