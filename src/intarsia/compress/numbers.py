@@ -1,7 +1,8 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
 Sparse and dense edits have their values, low-rank and Kronecker ones their factors as they are stored (so ComPEFT takes A and B), sums those
-of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
+of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are; tiled, block-affine, multiplied and
+transformed ones their tile, their blocks, and those of the inner edit. A kernel edit is
 refused: its change is the small difference of two factors, which rounding them would drown.
 """
 
@@ -15,7 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import (
+    BlockAffine,
+    Dense,
+    Edit,
+    Kronecker,
+    LowRank,
+    Multiplied,
+    Rescaled,
+    Sparse,
+    Sum,
+    Tiled,
+    Transformed,
+    elements,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
@@ -47,7 +61,19 @@ def _(edit: LowRank | Kronecker) -> tuple[str, ...]:
 
 
 @learned.register
-def _(edit: Rescaled) -> tuple[str, ...]:
+def _(edit: Tiled) -> tuple[str, ...]:
+    return ("D",)
+
+
+@learned.register
+def _(edit: BlockAffine) -> tuple[str, ...]:
+    return ("B",)
+
+
+@learned.register(Rescaled)
+@learned.register(Multiplied)
+@learned.register(Transformed)
+def _(edit: Rescaled | Multiplied | Transformed) -> tuple[str, ...]:
     return learned(edit.inner)
 
 
@@ -152,13 +178,15 @@ def _(edit: Sum) -> Edit:
     return replace(edit, parts=tuple(without_zeros(part) for part in edit.parts))
 
 
-@without_zeros.register
-def _(edit: Rescaled) -> Edit:
+@without_zeros.register(Rescaled)
+@without_zeros.register(Multiplied)
+@without_zeros.register(Transformed)
+def _(edit: Rescaled | Multiplied | Transformed) -> Edit:
     return replace(edit, inner=without_zeros(edit.inner))
 
 
 def changes(edit: Edit) -> bool:
     """Whether the edit can change anything: a support that kept nothing, or a factor of zeros, does not."""
-    if isinstance(edit, Rescaled | Sum):
+    if isinstance(edit, Rescaled | Sum | Multiplied):
         return True
     return all(bool(edit.tensors()[part].any()) for part in learned(edit))

@@ -17,7 +17,9 @@ from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
 from intarsia.edits.insert import Insert
 from intarsia.edits.kernel import Kernel
+from intarsia.edits.structured import BlockAffine, Multiplied, Tiled
 from intarsia.edits.sum import Sum
+from intarsia.edits.transformed import Transformed
 from intarsia.errors import IntarsiaError
 
 
@@ -55,8 +57,26 @@ def _(edit: Dense, factor: float) -> Edit:
 @_scale.register(Kronecker)
 @_scale.register(Kernel)
 @_scale.register(Insert)
-def _(edit: LowRank | Kronecker | Kernel | Insert, factor: float) -> Edit:
+@_scale.register(Transformed)
+def _(edit: LowRank | Kronecker | Kernel | Insert | Transformed, factor: float) -> Edit:
     return replace(edit, scale=factor * edit.scale)
+
+
+@_scale.register
+def _(edit: Tiled, factor: float) -> Edit:
+    return replace(edit, D=factor * edit.D)
+
+
+@_scale.register
+def _(edit: BlockAffine, factor: float) -> Edit:
+    return replace(edit, B=factor * edit.B)
+
+
+@_scale.register
+def _(edit: Multiplied, factor: float) -> Edit:
+    if not edit.one:  # W * D - W is no multiple of D
+        return Sum(edit.shape, (edit,), (factor,))
+    return replace(edit, inner=scale(edit.inner, factor))
 
 
 @_scale.register

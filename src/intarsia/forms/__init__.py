@@ -5,6 +5,7 @@ from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
 from intarsia.forms.delta import Delta
+from intarsia.forms.guided import Guided
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
@@ -12,6 +13,7 @@ from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
 from intarsia.forms.split import Split
+from intarsia.forms.structured import Structured, shared_out
 
 __all__ = [
     "SCHEDULES",
@@ -20,6 +22,7 @@ __all__ = [
     "Competing",
     "Coupled",
     "Delta",
+    "Guided",
     "Insert",
     "Joint",
     "Kernel",
@@ -28,7 +31,9 @@ __all__ = [
     "Rescale",
     "Sparse",
     "Split",
+    "Structured",
     "auto_scale",
     "carried",
     "carry",
+    "shared_out",
 ]

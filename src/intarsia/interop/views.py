@@ -1,6 +1,6 @@
 """An edit in another one's terms: what other formats can hold is low rank, or single elements.
 
-A class that is not in the table has no low-rank view, and sparse is what says so of itself. A text says why there is none.
+A class that is not in the table says for itself what it is as a low rank, and sparse is what says so of itself. A text says why there is none.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ View = LowRank | Sparse
 
 def as_low_rank(edit: Edit) -> LowRank | str:
     """The same change as B A, exactly; or why it is none."""
-    found = LOW_RANK.get(type(edit), lambda edit: f"{edit.kind} edits are not of low rank")(edit)
-    return found
+    found = LOW_RANK[type(edit)](edit) if type(edit) in LOW_RANK else edit.low_rank()
+    return f"{edit.kind} edits are not of low rank" if found is None else found
 
 
 def as_elements(edit: Edit) -> Sparse | str:
@@ -75,7 +75,6 @@ def without_scale(edit: LowRank) -> LowRank:
 
 
 LOW_RANK: dict[type[Edit], Callable[[Any], LowRank | str]] = {
-    LowRank: lambda edit: edit,
     Sparse: _slices,
     Sum: _beside,
 }

@@ -1,10 +1,14 @@
 """Importing this package registers every method of ours: one file, one method."""
 
+from intarsia.methods.bone import Bone
 from intarsia.methods.bottleneck import Bottleneck
+from intarsia.methods.diffusekrona import DiffuseKronA
 from intarsia.methods.dora import Dora
+from intarsia.methods.hut import Hut
 from intarsia.methods.lora import Lora
 from intarsia.methods.mosa import Mosa
 from intarsia.methods.paca import Paca
+from intarsia.methods.qwha import Qwha
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
@@ -12,5 +16,24 @@ from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
+from intarsia.methods.wara import Wara
 
-__all__ = ["Bottleneck", "Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = [
+    "Bone",
+    "Bottleneck",
+    "DiffuseKronA",
+    "Dora",
+    "Hut",
+    "Lora",
+    "Mosa",
+    "Paca",
+    "Qwha",
+    "Rosa",
+    "S2ft",
+    "Shira",
+    "Smt",
+    "Snell",
+    "Snella",
+    "Tokens",
+    "Wara",
+]
