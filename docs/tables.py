@@ -14,7 +14,23 @@ from pathlib import Path
 import torch
 
 import intarsia as ia
-from intarsia.edits import KINDS, Bottleneck, Dense, Edit, Insert, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
+from intarsia.edits import (
+    KINDS,
+    BlockAffine,
+    Bottleneck,
+    Dense,
+    Edit,
+    Insert,
+    Kernel,
+    Kronecker,
+    LowRank,
+    Multiplied,
+    Rescaled,
+    Sparse,
+    Sum,
+    Tiled,
+    Transformed,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
 from intarsia.merge import KINDS as MERGED_KINDS
@@ -94,6 +110,10 @@ def samples() -> dict[str, Edit]:
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
+    found["tiled"], found["block_affine"] = Tiled(shape, torch.ones(8, 64)), BlockAffine(shape, torch.ones(8, 8, 8))
+    found["multiplied by low_rank"] = Multiplied(shape, low_rank)
+    found["transformed low_rank"] = Transformed(shape, low_rank, (("haar", "haar"),))
+    found["transformed elements"] = Transformed(shape, found["elements"], (("identity", "hadamard"),))
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")
     found["sum of elements and insert"] = Sum(shape, (found["elements"], found["insert"]))
     if missing := KINDS.keys() - {edit.kind for edit in found.values()}:

@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from intarsia import store
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import (
+    BlockAffine,
+    Dense,
+    Edit,
+    Kronecker,
+    LowRank,
+    Multiplied,
+    Rescaled,
+    Sparse,
+    Sum,
+    Tiled,
+    Transformed,
+    elements,
+)
 from intarsia.support import Column
 
 BASE = store.Base("0" * 64, "float32", "somewhere")
@@ -41,4 +54,10 @@ def every_kind() -> dict[str, Edit]:
         "kronecker": Kronecker((12, 10), normal(3, 2), normal(4, 5), 0.5),
         "sum": Sum((12, 10), (small, low), (1.0, 0.5)),
         "rescaled": Rescaled((12, 10), low, torch.ones(12)),
+        "tiled": Tiled((12, 10), normal(3, 12)),
+        "block_affine": BlockAffine((12, 10), normal(6, 2, 2)),
+        "multiplied": Multiplied((12, 10), low),
+        "transformed": Transformed(
+            (12, 10), LowRank((6, 5), normal(6, 2), normal(2, 5), 0.5), (("haar-low", "haar-low"),)
+        ),
     }

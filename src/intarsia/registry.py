@@ -73,6 +73,8 @@ _VARIANTS = {
             "arXiv:2110.07560",
             {"scorer": "movement", "budget": "model"},
         ),
+        Variant("bat", "bone", "BAT", "W' = W + W_pq B_p + B_p", "arXiv:2409.15371", {"variant": "bat"}),
+        Variant("miss", "bone", "MiSS", "W' = W + [D D ... D]^T", "arXiv:2409.15371"),
         Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),
         Variant(
             "supra",

@@ -16,14 +16,18 @@ import intarsia as ia
 from intarsia import store
 from intarsia.edits import (
     KINDS,
+    BlockAffine,
     Dense,
     Edit,
     Kernel,
     Kronecker,
     LowRank,
+    Multiplied,
     Rescaled,
     Sparse,
     Sum,
+    Tiled,
+    Transformed,
     add,
     build_edit,
     elements,
@@ -88,6 +92,16 @@ MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
         (O, I), (_sparse("line", 4, g), LowRank((O, I), _some(g, O, 1), _some(g, 1, I), 1.0)), (0.5, 2.0)
     ),
     "sparse sum": lambda g: Sum((O, I), (_sparse("tile", 2, g), _sparse("element", None, g)), (-1.0, 0.5)),
+    "tiled": lambda g: Tiled((O, I), _some(g, 3, 4)),
+    "block affine": lambda g: BlockAffine((O, I), _some(g, O // 4, 4, 4)),
+    "multiplied": lambda g: Multiplied((O, I), LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5)),
+    "multiplied whole": lambda g: Multiplied((O, I), LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5), 0.0),
+    "bands": lambda g: Transformed(
+        (O, I),
+        LowRank((O // 2, I // 2), _some(g, O // 2, 2), _some(g, 2, I // 2), 0.5),
+        (("haar-low", "haar-low"), ("haar-high", "haar-low")),
+    ),
+    "coefficients": lambda g: Transformed((O, I), _sparse("element", None, g), (("identity", "hadamard"),), 2.0),
     "rescaled": lambda g: Rescaled((O, I), _sparse("element", None, g), _some(g, O).abs() + 0.5),
 }
 

@@ -111,9 +111,9 @@ def _square(edit: Edit) -> float:
     """||D||^2, in float64."""
     if isinstance(edit, Sparse):
         return float(edit.values.double().square().sum())
-    if isinstance(edit, LowRank):  # ||B A||^2 = tr((B^T B) (A A^T))
-        B, A = edit.B.double(), edit.A.double()
-        return max(0.0, edit.scale**2 * float(((B.mT @ B) * (A @ A.mT)).sum()))
+    if (low := edit.low_rank()) is not None:  # ||B A||^2 = tr((B^T B) (A A^T))
+        B, A = low.B.double(), low.A.double()
+        return max(0.0, low.scale**2 * float(((B.mT @ B) * (A @ A.mT)).sum()))
     return float(to_dense(edit, dtype=torch.float64).square().sum())
 
 

@@ -292,7 +292,9 @@ def inner_edit(shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, 
         raise IntarsiaError(f"a {facts['type']} edit needs an inner edit; found {inner!r}")
     edit = build_edit(inner.get("type"), shape, tensors, inner)
     if edit.inserts() or edit.needs_weight:
-        raise IntarsiaError(f"inside a {facts['type']} edit there is a {edit.kind} one; expected one that adds to any weight")
+        raise IntarsiaError(
+            f"inside a {facts['type']} edit there is a {edit.kind} one; expected one that adds to any weight"
+        )
     return edit
 
 

@@ -48,7 +48,9 @@ class Transformed(Edit):
                 raise IntarsiaError(f"unknown transform {name!r}; {nearest(str(name), TRANSFORMS)}")
         pairs: Pairs = tuple((out, into) for out, into in found)
         if len(shapes := {coefficients(shape, pair) for pair in pairs}) > 1:
-            raise IntarsiaError(f"the pairs {found} have coefficients of different shapes, and C is one: {sorted(shapes)}")
+            raise IntarsiaError(
+                f"the pairs {found} have coefficients of different shapes, and C is one: {sorted(shapes)}"
+            )
         return cls(shape, inner_edit(shapes.pop(), tensors, facts), pairs, want_scale(facts))
 
     def fold(self, W: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Hadamard(Transform):
     """T = H^T / sqrt n, H of +-1 with H H^T = n: Sylvester's for powers of two, else the product of Kronecker of Paley's and his.
 
     n = K 2^k, with K = 1 or the smallest of 4, 8, ... times the odd part of n for which K - 1 or K / 2 - 1 makes a
-    construction of Paley's: 12, 20, 28, 36, 52, 60, 76, ... O(n (K + 32)) a row and no matrix of n x n.
+    construction of Paley's: 12, 20, 28, 36, 44, 52, 60, 68, 76, ... up to 256. O(n (K + 32)) a row and no matrix of n x n.
     """
 
     def size(self, n: int) -> int:
@@ -93,10 +93,10 @@ class Hadamard(Transform):
 
     def _times(self, x: Tensor, transposed: bool) -> Tensor:
         shape = x.shape
-        for size in sizes(shape[-1]):
-            H = _matrix(size).to(x)
+        for H in _factors(shape[-1]):
+            H = (H.mT if transposed else H).to(x)
             # The foremost factor acts and goes to the back: after all of them everything stands where it was.
-            x = (x.reshape(*shape[:-1], size, -1).mT @ (H.mT if transposed else H)).flatten(-2)
+            x = (x.reshape(*shape[:-1], len(H), -1).mT @ H).flatten(-2)
         return x * shape[-1] ** -0.5
 
 
@@ -110,6 +110,9 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 # ------------------------------------------------------------------ Hadamard matrices
+LARGEST = 256  # K, whose matrix is multiplied with as a whole
+
+
 @functools.cache
 def sizes(n: int) -> tuple[int, ...]:
     """The sizes of the Hadamard matrices whose product of Kronecker is that of size n.
@@ -118,7 +121,8 @@ def sizes(n: int) -> tuple[int, ...]:
         IntarsiaError: where none is known here.
     """
     odd = n // (n & -n) if n > 0 else 0
-    K = next((odd << k for k in range(2, n.bit_length()) if (odd << k) <= n and _paley(odd << k)), 0) if odd > 1 else 1
+    whole = [odd << k for k in range(2, LARGEST.bit_length()) if (odd << k) <= min(n, LARGEST)]
+    K = next(filter(_paley, whole), 0) if odd > 1 else 1
     if n < 1 or not K:
         raise IntarsiaError(
             f"no Hadamard matrix of size {n} is known here; known are the sizes K * 2^k, K of 1, 12, 20, 28, 36, 44, 52, ... by "
@@ -131,11 +135,16 @@ def sizes(n: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # or Dynamo would look behind the caches
+def _factors(n: int) -> list[Tensor]:
+    return [_matrix(size) for size in sizes(n)]
+
+
 def matrix(n: int) -> Tensor:
     """H (n, n), float64. Raises IntarsiaError for a size without one."""
     H = torch.ones(1, 1, dtype=torch.float64)
-    for size in sizes(n):
-        H = torch.kron(H, _matrix(size))
+    for factor in _factors(n):
+        H = torch.kron(H, factor)
     return H
 
 

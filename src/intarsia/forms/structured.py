@@ -80,7 +80,9 @@ class Structured(Delta):
         except (AttributeError, KeyError, RuntimeError):
             fits = False
         if not fits:
-            raise IntarsiaError(f"{site.name}: the file has a {edit.kind} edit that its own config does not make: {self}")
+            raise IntarsiaError(
+                f"{site.name}: the file has a {edit.kind} edit that its own config does not make: {self}"
+            )
         return self.state(site, tensors)
 
 

@@ -25,7 +25,9 @@ from intarsia.registry import register
 @dataclass(frozen=True)
 class Bone(Guided):
     rank: int = option(64, "side r of a block")
-    variant: str = option("bone", "bone: D on every block (MiSS), mini: of fewer outputs, bat: guided by the blocks of W")
+    variant: str = option(
+        "bone", "bone: D on every block (MiSS), mini: of fewer outputs, bat: guided by the blocks of W"
+    )
     mini_rank: int = option(1, "with mini: outputs that D has, a divisor of O")
 
     name, title, paper = "bone", "Bone", "arXiv:2409.15371"

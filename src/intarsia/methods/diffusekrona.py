@@ -39,7 +39,10 @@ class DiffuseKronA(Structured):
         self.require(0 < self.scale < math.inf, "scale", "positive")
 
     def check(self, site):
-        for field, given, side, of in (("a1", self.a1, site.shape[0], "outputs"), ("a2", self.a2, site.shape[1], "inputs")):
+        for field, given, side, of in (
+            ("a1", self.a1, site.shape[0], "outputs"),
+            ("a2", self.a2, site.shape[1], "inputs"),
+        ):
             if side % given:
                 near = max(d for d in range(1, given + 1) if side % d == 0)
                 return f"{site.name}: {field}={given} does not divide the layer's {side} {of}; the next lower divisor is {near}"

@@ -31,7 +31,9 @@ from intarsia.registry import register
 class Qwha(Structured):
     rank: int = option(64, "as many coefficients as a LoRA of this rank has numbers: r (O + I)")
     alpha: float = option(3000.0, "the update is multiplied by alpha / sqrt(O)")
-    start: str = option("error", "error: repair what compressing the base changed, weight: by W's own transform, from 0")
+    start: str = option(
+        "error", "error: repair what compressing the base changed, weight: by W's own transform, from 0"
+    )
     damping: float = option(1e-4, "of the mean square of the inputs, added to each")
 
     name, title, paper, role = "qwha", "QWHA", "arXiv:2509.17428", "quantization"
