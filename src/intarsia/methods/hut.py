@@ -1,6 +1,6 @@
 """HUT: the weight multiplied entry by entry by a matrix of low rank.    W' = W * (1 + s U_B U_A),  s = alpha / r
 
-Zhang et al. 2024, "HUT: A More Computation Efficient Fine-Tuning Method With Hadamard Updated Transformation", arXiv:2409.13501.
+Zhang, Zhou, Chen 2024, "HUT: A More Computation Efficient Fine-Tuning Method With Hadamard Updated Transformation", arXiv:2409.13501.
 The paper's text was not at hand: that it is a Hadamard product of W with what two low-rank matrices make, and merges, is certain; the
 construct and its start are our choice. ``form="one"`` is the algebra of HF PEFT's HiRA (s = 1 there), ``form="pure"`` is
 W' = W * (U_B U_A), which is diag(u) W diag(v) for r = 1, and (IA)^3's scaling of outputs where v = 1; it has no s.
@@ -53,8 +53,7 @@ class Hut(Guided):
         return {"B": (shape[0], self.rank), "A": (self.rank, shape[1])}
 
     def init(self, site, start):
-        (O, I), B = site.shape, torch.zeros(site.shape[0], self.rank)
-        A = torch.empty(self.rank, I)
+        B, A = (torch.zeros(shape) for shape in self.shapes(site.shape).values())
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=start.generator())
         if self.form == "pure":
             A[0], B[:, 0] = 1, 1
