@@ -18,8 +18,8 @@ from intarsia.errors import IntarsiaError
 from intarsia.support import Shape
 
 
-class _Everywhere(Edit):
-    """An edit W' = W + delta(W) that reaches every entry."""
+class Everywhere(Edit):
+    """An edit W' = W + delta(W) that reaches every entry: what is left to say is ``delta``, and how it is kept."""
 
     def fold(self, W: Tensor) -> Tensor:
         return W + self.delta(W)
@@ -30,7 +30,7 @@ class _Everywhere(Edit):
 
 
 @dataclass(frozen=True, eq=False)
-class Tiled(_Everywhere):
+class Tiled(Everywhere):
     """W'[o, j] = W[o, j] + D[j mod r, o mod m]: the tile D^T side by side over the weight, cut off at its edges (Bone)."""
 
     D: Tensor  # (r, m)
@@ -69,7 +69,7 @@ class Tiled(_Everywhere):
         return replace(self, D=self.D.to(dtype))
 
 
-class _OfWeight(_Everywhere):
+class _OfWeight(Everywhere):
     """What it adds depends on the weight."""
 
     @property

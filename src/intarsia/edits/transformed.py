@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from intarsia.edits.edit import KINDS, Edit, LowRank, inner_edit, want_scale
+from intarsia.edits.structured import Everywhere
 from intarsia.edits.transforms import TRANSFORMS
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.support import Shape
@@ -22,7 +23,7 @@ Pairs = tuple[tuple[str, str], ...]  # (of the outputs, of the inputs), by their
 
 
 @dataclass(frozen=True, eq=False)
-class Transformed(Edit):
+class Transformed(Everywhere):
     """W' = W + scale * sum over pairs of T_out^T C T_in. C (P, Q), as long and wide as the coefficients."""
 
     inner: Edit  # of shape (P, Q)
@@ -53,9 +54,6 @@ class Transformed(Edit):
             )
         return cls(shape, inner_edit(shapes.pop(), tensors, facts), pairs, want_scale(facts))
 
-    def fold(self, W: Tensor) -> Tensor:
-        return W + self.delta(W)
-
     def delta(self, W: Tensor) -> Tensor:
         C, (O, I) = self.inner.delta(W), self.shape
         parts = [TRANSFORMS[out].back(TRANSFORMS[into].back(C, I).mT, O).mT for out, into in self.pairs]
@@ -82,10 +80,6 @@ class Transformed(Edit):
 
     def rounded(self, dtype: torch.dtype) -> Edit:
         return replace(self, inner=self.inner.rounded(dtype))
-
-    @property
-    def touched(self) -> int:
-        return self.shape[0] * self.shape[1]
 
 
 def coefficients(shape: Shape, pair: tuple[str, str]) -> Shape:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from intarsia.edits import Edit
 from intarsia.errors import IntarsiaError
 from intarsia.forms.delta import Delta
+from intarsia.method import Below
 from intarsia.site import Site
 from intarsia.support import Shape
 
@@ -46,6 +47,10 @@ class Structured(Delta):
     def delta(self, p: Any) -> Tensor:
         like = next(getattr(p, name) for name in self.shapes(p.shape))
         return self.structure(p).delta(like.new_empty(()))
+
+    def forward(self, p: Any, x: Tensor, below: Below) -> Tensor:
+        y = below(x)
+        return y + self.branch(p, x).to(y.dtype)
 
     def branch(self, p: Any, x: Tensor) -> Tensor:
         if self.recomputes and torch.is_grad_enabled():

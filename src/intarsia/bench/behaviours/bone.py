@@ -21,7 +21,9 @@ WIDTH = 64
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
-@behaviour("bone", "BAT passes its side in rank, and Bone fits in a quarter of LoRA's numbers what repeats along the inputs")
+@behaviour(
+    "bone", "BAT passes its side in rank, and Bone fits in a quarter of LoRA's numbers what repeats along the inputs"
+)
 def structure() -> list[Seen]:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(32, 32, generator=generator) / 32**0.5
@@ -40,7 +42,9 @@ def structure() -> list[Seen]:
 def early() -> list[Seen]:
     lora, bone, bat = (_best(method) for method in (Lora(4), Bone(8), Bone(8, variant="bat")))
     return [
-        Seen(f"loss after {steps} steps, best of {len(RATES)} rates", who, found[steps], "lora r=4", lora[steps], "lower")
+        Seen(
+            f"loss after {steps} steps, best of {len(RATES)} rates", who, found[steps], "lora r=4", lora[steps], "lower"
+        )
         for steps in (10, 30, 100)
         for who, found in (("bone r=8", bone), ("bat r=8", bat))
     ]

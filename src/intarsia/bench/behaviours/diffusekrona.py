@@ -1,4 +1,4 @@
-"""DiffuseKronA: a change of full rank in few numbers, where it is a product of Kronecker; of any other kind it is no better than LoRA."""
+"""DiffuseKronA: a change of full rank in few numbers, where it is a product of Kronecker; noise alone is none, and hardly fitted."""
 
 from __future__ import annotations
 

@@ -20,7 +20,10 @@ def rounded(W: Tensor, bits: int, group: int = 32) -> Tensor:
     return (((groups - low) / step).round() * step + low).flatten(1)
 
 
-@behaviour("qwha", "its start leaves less error in the output of a rounded layer than the SVD of the error, and both less than nothing")
+@behaviour(
+    "qwha",
+    "its start leaves less error in the output of a rounded layer than the SVD of the error, and both less than nothing",
+)
 def start() -> list[Seen]:
     seen = []
     for bits in (2, 3, 4):

@@ -10,7 +10,9 @@ from intarsia.methods.lora import Lora
 from intarsia.methods.wara import Wara
 
 
-@behaviour("wara", "the low-low band fits a smooth change in half of the numbers, and does not win on any other low rank")
+@behaviour(
+    "wara", "the low-low band fits a smooth change in half of the numbers, and does not win on any other low rank"
+)
 def smooth() -> list[Seen]:
     generator = torch.Generator().manual_seed(0)
     B, A = torch.randn(16, 4, generator=generator) / 4, torch.randn(4, 16, generator=generator) / 4
