@@ -98,3 +98,20 @@ def test_what_does_not_divide_is_told_with_what_does():
         ia.IntarsiaError, match="up: a2=6 does not divide the layer's 16 inputs; the next lower divisor is 4"
     ):
         ia.attach(small_net(), DiffuseKronA(a1=4, a2=6))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Kronecker((24, 16), _random(4, 2), _random(6, 8), 2.0),
+        Kronecker((24, 16), _random(2, 4), _random(12, 4), 1.0),
+        ia.edits.LowRank((24, 16), _random(24, 2), _random(2, 16), 1.0),
+    ],
+    ids=["scale", "sizes", "kind"],
+)
+def test_an_edit_of_another_config_is_refused(other):
+    method, site = DiffuseKronA(a1=4, a2=2), ia.site.site_at(small_net(), "up")
+    own = Kronecker((24, 16), _random(4, 2), _random(6, 8), 1.0)
+    assert torch.equal(method.restore(own, site)["A"].double(), own.A.float().double())
+    with pytest.raises(ia.IntarsiaError, match="up: the file has a .* edit that its own config does not make"):
+        method.restore(other, site)
