@@ -9,8 +9,8 @@ BUGS = [
     ),
     Mutation(
         "Bone: the tile is transposed", "edits/structured.py",
-        "return D.mT.repeat(-(-O // D.shape[1]), -(-I // D.shape[0]))[:O, :I]",
-        "return D.reshape(D.mT.shape).repeat(-(-O // D.shape[1]), -(-I // D.shape[0]))[:O, :I]", "goldens/test_bone.py",
+        "tiles: Tensor = D.mT.repeat(-(-O // D.shape[1]), -(-I // D.shape[0]))[:O, :I]",
+        "tiles: Tensor = D.reshape(D.mT.shape).repeat(-(-O // D.shape[1]), -(-I // D.shape[0]))[:O, :I]", "goldens/test_bone.py",
     ),
     Mutation(
         "BAT: W is multiplied from the other side", "edits/structured.py", "(blocks @ B + B)", "(B @ blocks + B)", "goldens/test_bone.py",

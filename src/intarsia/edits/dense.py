@@ -83,7 +83,8 @@ class Kronecker(Edit):
     def times(self, x: Tensor) -> Tensor:
         # Row-major, x is X (b, I / b), and y is A X B^T.
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        return self.scale * (A @ (x.unflatten(-1, (A.shape[1], B.shape[1])) @ B.mT)).flatten(-2)
+        y: Tensor = self.scale * (A @ (x.unflatten(-1, (A.shape[1], B.shape[1])) @ B.mT)).flatten(-2)
+        return y
 
     def rounded(self, dtype: torch.dtype) -> Edit:
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))

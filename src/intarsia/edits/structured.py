@@ -51,13 +51,16 @@ class Tiled(Everywhere):
 
     def delta(self, W: Tensor) -> Tensor:
         D, (O, I) = self.D.to(W.dtype), self.shape
-        return D.mT.repeat(-(-O // D.shape[1]), -(-I // D.shape[0]))[:O, :I]
+        tiles: Tensor = D.mT.repeat(-(-O // D.shape[1]), -(-I // D.shape[0]))[:O, :I]
+        return tiles
 
     def times(self, x: Tensor) -> Tensor:
         (r, m), (O, I) = self.D.shape, self.shape
         chunks = F.pad(x, (0, -I % r)).unflatten(-1, (-1, r))
-        y = chunks.sum(-2) @ self.D.to(x.dtype)  # (..., m)
-        return y if m == O else y.repeat(*(1,) * (y.ndim - 1), -(-O // m))[..., :O]
+        y: Tensor = chunks.sum(-2) @ self.D.to(x.dtype)  # (..., m)
+        if m < O:
+            y = y.repeat(*(1,) * (y.ndim - 1), -(-O // m))[..., :O]
+        return y
 
     def low_rank(self) -> LowRank:
         (O, I), D = self.shape, self.D
@@ -101,7 +104,8 @@ class BlockAffine(_OfWeight):
     def delta(self, W: Tensor) -> Tensor:
         B, r = self.B.to(W.dtype)[:, None], self.B.shape[-1]  # (O / r, 1, r, r)
         blocks = W.unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)  # (O / r, I / r, r, r)
-        return (blocks @ B + B).transpose(1, 2).reshape(W.shape)
+        changes: Tensor = (blocks @ B + B).transpose(1, 2).reshape(W.shape)
+        return changes
 
     def rounded(self, dtype: torch.dtype) -> Edit:
         return replace(self, B=self.B.to(dtype))

@@ -97,7 +97,8 @@ class Hadamard(Transform):
             H = (H.mT if transposed else H).to(x)
             # The foremost factor acts and goes to the back: after all of them everything stands where it was.
             x = (x.reshape(*shape[:-1], len(H), -1).mT @ H).flatten(-2)
-        return x * shape[-1] ** -0.5
+        found: Tensor = x * shape[-1] ** -0.5
+        return found
 
 
 TRANSFORMS: dict[str, Transform] = {

@@ -76,9 +76,9 @@ class Structured(Delta):
         return self.structure(_Frozen(p, (*self.shapes(p.shape), *self.constants)))
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
-        trained = self.shapes(site.shape)
+        trained, tensors = self.shapes(site.shape), {}
         try:
-            tensors = self.tensors(edit)
+            tensors = dict(self.tensors(edit))
             found = {name: tuple(tensors[name].shape) for name in trained}
             again = self.structure(_Frozen(None, (), tensors, site.shape))
             fits = found == trained and (again.kind, again.facts()) == (edit.kind, edit.facts())

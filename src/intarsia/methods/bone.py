@@ -41,7 +41,7 @@ class Bone(Guided):
         self.require(self.mini_rank >= 1, "mini_rank", "1 or more")
 
     @property
-    def reads_weights_below(self):
+    def reads_weights_below(self):  # type: ignore[override]
         return self.variant == "bat"
 
     def check(self, site):

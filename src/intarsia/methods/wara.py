@@ -79,4 +79,4 @@ class Wara(Structured):
 
     def tensors(self, edit):
         parts = edit.parts if isinstance(edit, Sum) else (edit,)
-        return {name: torch.stack([getattr(part.inner, name) for part in parts]) for name in ("A", "B")}
+        return {name: torch.stack([getattr(part.inner, name) for part in parts]) for name in ("A", "B")}  # type: ignore[union-attr]

@@ -17,7 +17,8 @@ def rounded(W: Tensor, bits: int, group: int = 32) -> Tensor:
     groups = W.unflatten(1, (-1, group))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
-    return (((groups - low) / step).round() * step + low).flatten(1)
+    found: Tensor = (((groups - low) / step).round() * step + low).flatten(1)
+    return found
 
 
 @behaviour(
@@ -31,8 +32,9 @@ def start() -> list[Seen]:
         E = {"nothing": W - rounded(W, bits)}
         U, s, Vh = torch.linalg.svd(E["nothing"])
         E["svd"] = E["nothing"] - (U[:, :RANK] * s[:RANK]) @ Vh[:RANK]
-        net = nn.Sequential(nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype))
-        net[0].weight.data.copy_(rounded(W, bits))
+        linear = nn.Linear(W.shape[1], W.shape[0], bias=False, dtype=W.dtype)
+        linear.weight.data.copy_(rounded(W, bits))
+        net = nn.Sequential(linear)
         models.attach(net, Qwha(RANK), data=[x], loss=lambda model, batch: model(batch).sum(), original={"0": W})
         whole = (x @ W.T).norm()
         left = {name: float((x @ error.T).norm() / whole) for name, error in E.items()}
