@@ -16,6 +16,7 @@ import torch
 import intarsia as ia
 from intarsia.edits import (
     KINDS,
+    BlockAffine,
     Blocks,
     Bottleneck,
     Combined,
@@ -26,11 +27,14 @@ from intarsia.edits import (
     Kernel,
     Kronecker,
     LowRank,
+    Multiplied,
     Rescaled,
     Scaled,
     Sequential,
     Sparse,
     Sum,
+    Tiled,
+    Transformed,
 )
 from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
@@ -118,6 +122,10 @@ def samples() -> dict[str, Edit]:
     found["blocks"] = Blocks(shape, torch.ones(4, 16, 2), torch.ones(4, 2, 16), 1.0)
     found["combined"] = Combined(shape, torch.ones(3), torch.ones(3), 2, 0, 1.0)
     found["scaled"] = Scaled(shape, torch.ones(32, 2), torch.ones(2, 64), 0, "dense", "paper", 1.0)
+    found["tiled"], found["block_affine"] = Tiled(shape, torch.ones(8, 64)), BlockAffine(shape, torch.ones(8, 8, 8))
+    found["multiplied by low_rank"] = Multiplied(shape, low_rank)
+    found["transformed low_rank"] = Transformed(shape, low_rank, (("haar", "haar"),))
+    found["transformed elements"] = Transformed(shape, found["elements"], (("identity", "hadamard"),))
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")
     found["sum of elements and insert"] = Sum(shape, (found["elements"], found["insert"]))
     if missing := KINDS.keys() - {edit.kind for edit in found.values()}:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,6 +222,28 @@ def test_the_initialiser_of_the_guide_passes_the_contract(monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "olora", raising=False)
     run(use, {}, page)
+
+
+def test_the_structured_delta_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-structured-delta.md"
+    method, laws, transformed = blocks(page, "python")
+    file = tmp_path / "circulant.py"
+    file.write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("circulant", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "circulant", module)
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
+    monkeypatch.setitem(edits.KINDS, "diagonals of a circle", None)  # gone again after the test
+    spec.loader.exec_module(module)
+    run(laws, {"Circulant": module.Circulant}, page)
+    names: dict[str, Any] = {"edits": edits}
+    run(transformed, names, page)
+    p = SimpleNamespace(shape=(6, 8), A=torch.randn(2, 8), B=torch.randn(6, 2))
+    change = names["structure"](None, p).delta(torch.zeros(6, 8))
+    torch.testing.assert_close(change.norm(), (p.B @ p.A).norm())
+    assert not torch.allclose(change, p.B @ p.A)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

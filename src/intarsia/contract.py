@@ -1044,14 +1044,15 @@ def switches_and_stacks_with_any(method: Method) -> None:
         _attach(model, method, "mine")
         _stir(model, "mine")
         mine = model(x)
-        _attach(model, cls(**cls.small[0]), "other", seed=1)
+        another = cls(**cls.small[0])
+        _attach(model, another, "other", seed=1)
         _stir(model, "other", seed=1)
         other = model(x)
         for one, expected in (("mine", mine), ("other", other), (None, base), ("mine", mine)):
             models.activate(model, *([one] if one else []))
             _same(model(x), expected, f"output of {one or 'the base'} after switching, beside {name}")
         for names in (("mine", "other"), ("other", "mine")):
-            both: dict[str, Method | type[Method]] = {"mine": method, "other": cls}
+            both = {"mine": method, "other": another}
             low, high = (both[each] for each in names)
             what = f"{' then '.join(names)} stacked, other is {name}"
             if high.reads_weights_below and not low.mergeable:

@@ -79,6 +79,8 @@ _VARIANTS = {
             "arXiv:2110.07560",
             {"scorer": "movement", "budget": "model"},
         ),
+        Variant("bat", "bone", "BAT", "W' = W + W_pq B_p + B_p", "arXiv:2409.15371", {"variant": "bat"}),
+        Variant("miss", "bone", "MiSS", "W' = W + [D D ... D]^T", "arXiv:2409.15371"),
         Variant("inttune", "nlora", "IntTune", "W' = W + s B (N - N0) A", "arXiv:2502.14482", {"trains": "core"}),
         Variant("pissa", "lora", "PiSSA", "W' = W + s (B A - B0 A0)", "arXiv:2404.02948", {"start": "pissa"}),
         Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),

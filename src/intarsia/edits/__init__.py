@@ -17,6 +17,7 @@ from intarsia.edits.edit import (
     joined,
     row_norms,
     want_numbers,
+    want_scale,
     want_tensors,
     without_scale,
 )
@@ -25,13 +26,17 @@ from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
 from intarsia.edits.seeded import BASES, ORDERS, Combined, Scaled, bases, combined_factors, scaled_factors
 from intarsia.edits.sequential import Sequential
+from intarsia.edits.structured import BlockAffine, Everywhere, Multiplied, Tiled
 from intarsia.edits.sum import Sum
+from intarsia.edits.transformed import Transformed
+from intarsia.edits.transforms import TRANSFORMS, Transform
 
 __all__ = [
-    "ACTIVATIONS", "BASES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "Blocks", "Bottleneck",
-    "Combined", "Core", "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement",
-    "Rescaled", "Runs", "Scaled", "Sequential", "Sparse", "Sum", "add", "bases", "build_edit", "check_finite",
-    "columns", "combined_factors", "diagonal", "elements", "gathered", "joined", "memory", "merge", "overlap",
-    "place", "positions", "put", "put_row", "row_norms", "scale", "scaled_factors", "sizes", "sparsify", "summed",
-    "thin", "times", "to_dense", "want_numbers", "want_tensors", "without_scale",
+    "ACTIVATIONS", "BASES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "TRANSFORMS",
+    "BlockAffine", "Blocks", "Bottleneck", "Combined", "Core", "Dense", "Edit", "Everywhere", "Insert", "Inserted",
+    "Kernel", "Kronecker", "LowRank", "Multiplied", "Placement", "Rescaled", "Runs", "Scaled", "Sequential", "Sparse",
+    "Sum", "Tiled", "Transform", "Transformed", "add", "bases", "build_edit", "check_finite", "columns",
+    "combined_factors", "diagonal", "elements", "gathered", "joined", "memory", "merge", "overlap", "place",
+    "positions", "put", "put_row", "row_norms", "scale", "scaled_factors", "sizes", "sparsify", "summed", "thin",
+    "times", "to_dense", "want_numbers", "want_scale", "want_tensors", "without_scale",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from intarsia.forms.delta import Delta, Remade
 from intarsia.forms.factored import Factored
 from intarsia.forms.gated import Gated
 from intarsia.forms.growing import Growing
+from intarsia.forms.guided import Guided
 from intarsia.forms.importance import Sensed, falling, smooth
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
@@ -18,6 +19,7 @@ from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
 from intarsia.forms.split import Split
+from intarsia.forms.structured import Structured, shared_out
 from intarsia.forms.threshold import HEIGHTS, soft, soft_in_turns
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Factored",
     "Gated",
     "Growing",
+    "Guided",
     "Insert",
     "Joint",
     "Kernel",
@@ -43,10 +46,12 @@ __all__ = [
     "Sensed",
     "Sparse",
     "Split",
+    "Structured",
     "auto_scale",
     "carried",
     "carry",
     "falling",
+    "shared_out",
     "smooth",
     "soft",
     "soft_in_turns",
