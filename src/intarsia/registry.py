@@ -120,6 +120,7 @@ _ASKED = {
     "magnitudes": "data",
     "gram": "data",
     "mean": "data",
+    "observed": "data",
     "movement": "first training",
     "original": "original",
 }
