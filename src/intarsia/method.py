@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "movement")  # what can be gathered of data: see Start
 
 
-def option(default: Any, help: str) -> Any:
-    """A hyperparameter: its default and one line for the command line, the docs and the config schema."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, tokens: bool = False) -> Any:
+    """A hyperparameter: its default and one line for the command line, the docs and the config schema.
+
+    ``tokens``: a list of token numbers. Methods know no tokenizer; who has one may be given the text (:func:`registry.with_tokens`).
+    """
+    return field(default=default, metadata={"help": help} | ({"tokens": True} if tokens else {}))
 
 
 class Below(Protocol):
@@ -98,6 +101,7 @@ class Method(ABC):
     reads_weights_below: ClassVar[bool] = False  # whether its forward asks for the weight of all that lies below
     starts_as_identity: ClassVar[bool] = True
     default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
+    watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward: p.seen
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs

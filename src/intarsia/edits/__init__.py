@@ -1,5 +1,6 @@
 """Edits: the few kinds of change that a finished adapter makes, their algebra, and how they are placed into a weight."""
 
+from intarsia.edits.activated import Activated, Seen, is_tokens
 from intarsia.edits.algebra import add, overlap, positions, scale, to_dense
 from intarsia.edits.bottleneck import ACTIVATIONS, Bottleneck
 from intarsia.edits.dense import Dense, Kronecker
@@ -22,8 +23,9 @@ from intarsia.edits.placement import Placement, Runs, check_finite, gathered, me
 from intarsia.edits.sum import Sum
 
 __all__ = [
-    "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Bottleneck", "Dense", "Edit", "Insert", "Inserted",
-    "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Sparse", "Sum", "add", "build_edit", "check_finite",
-    "columns", "elements", "gathered", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms",
-    "scale", "sizes", "sparsify", "summed", "to_dense", "want_numbers", "want_tensors",
+    "ACTIVATIONS", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Activated", "Bottleneck", "Dense", "Edit",
+    "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Runs", "Seen", "Sparse", "Sum",
+    "add", "build_edit", "check_finite", "columns", "elements", "gathered", "is_tokens", "memory", "merge", "overlap",
+    "place", "positions", "put", "put_row", "row_norms", "scale", "sizes", "sparsify", "summed", "to_dense",
+    "want_numbers", "want_tensors",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Importing this package registers every method of ours: one file, one method."""
 
+from intarsia.methods.alora import Alora
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
 from intarsia.methods.lora import Lora
@@ -13,4 +14,18 @@ from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
-__all__ = ["Bottleneck", "Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = [
+    "Alora",
+    "Bottleneck",
+    "Dora",
+    "Lora",
+    "Mosa",
+    "Paca",
+    "Rosa",
+    "S2ft",
+    "Shira",
+    "Smt",
+    "Snell",
+    "Snella",
+    "Tokens",
+]
