@@ -24,7 +24,7 @@ PUBLIC = {
 }  # fmt: skip
 
 SIGNATURES = {
-    "attach": "model, method, targets, name, exclude, avoid, data, loss, seed, progress, gathered",
+    "attach": "model, method, targets, name, exclude, avoid, data, loss, seed, progress, gathered, original",
     "lottery": "model, method, train, targets, name, exclude, avoid, iterations, seed",
     "regrow": "model, name, optimizer, data, share, scorer, loss",
     "activate": "model, names",

@@ -2,7 +2,8 @@
 
 ``gradient`` and ``fisher`` take a backward pass a batch. Each weight's gradient is handed on as soon as backward has finished
 it and is freed at once, so the peak memory is one layer's gradient; over several batches the running sums live in temporary
-files, mapped into memory, not in memory. ``inputs`` and ``magnitudes`` take a forward pass a batch and no labels, and keep one number an input.
+files, mapped into memory, not in memory. ``inputs``, ``magnitudes``, ``gram`` and ``mean`` take a forward pass a batch and no labels; they
+keep one number an input, but ``gram`` one for every two inputs, in temporary files as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ Progress = Callable[[int, int, str], None]
 Use = Callable[[str, Mapping[str, Tensor]], None]
 
 OF_BACKWARD = frozenset({"gradient", "fisher"})
-OF_FORWARD = frozenset({"inputs", "magnitudes"})
+ON_CPU = frozenset(
+    {"gram", "mean"}
+)  # in float64, which not every device has; what is made of them is a matter of seconds
+OF_FORWARD = frozenset({"inputs", "magnitudes", "gram", "mean"})
+GATHERED = OF_BACKWARD | OF_FORWARD
+
+
+def shape_of(need: str, shape: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of what is gathered, for a weight (O, I)."""
+    rows = {"gram": shape[1:] * 2, "mean": shape[1:], "inputs": shape[1:], "magnitudes": shape[1:]}
+    return rows.get(need, shape)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -62,6 +73,8 @@ def gather(
         fisher    (O, I)  sum over batches of G^2
         inputs    (I,)    ||x_j|| over all tokens that reach the layer; those that ``attention_mask`` hides do not count
         magnitudes (I,)   sum of |x_j| over them
+        gram      (I, I)  mean of x x^T over them, float64 on the CPU
+        mean      (I,)    mean of x over them, float64 on the CPU
 
     The model runs in eval mode, so that this is the same at every call; modes, ``requires_grad`` and ``.grad`` are as before
     when this returns or raises. The tensors are only valid during the call.
@@ -77,12 +90,11 @@ def gather(
         raise IntarsiaError("the calibration data is empty; scorers that look at data need at least one batch")
     backward = bool(needs & OF_BACKWARD)
     remaining = dict(weights)
-    inputs = _Inputs(model, weights) if needs & OF_FORWARD else None
     with (
         only_requiring_grad(model, weights.values() if backward else ()),
         torch.enable_grad(),
         Mapped() as sums,
-        inputs or _nothing(),
+        _Inputs(model, weights, needs, sums) if needs & OF_FORWARD else _nothing() as inputs,
     ):
         model.eval()
 
@@ -90,7 +102,7 @@ def gather(
             device = remaining.pop(name).device
             if inputs:
                 found |= {need: t for need, t in inputs.sums(name).items() if need in needs}
-            use(name, {need: tensor.to(device) for need, tensor in found.items()})
+            use(name, {need: t if need in ON_CPU else t.to(device) for need, t in found.items()})
 
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
@@ -187,13 +199,16 @@ class Mapped:
 
 
 class _Inputs:
-    """Sums of squares of what comes into layers, gathered by hooks that only look."""
+    """What comes into layers, summed in several ways, gathered by hooks that only look."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], needs: frozenset[str], sums: Mapped) -> None:
         self.layers = {name: model.get_submodule(name) for name in weights}
         self.columns = {name: _linear_inputs(layer) for name, layer in self.layers.items()}
+        self.needs, self.grams = needs, sums
         self.squares: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
         self.mask: Tensor | None = None
 
     def begin(self, batch: Any) -> None:
@@ -205,8 +220,14 @@ class _Inputs:
         return name in self.squares
 
     def sums(self, name: str) -> dict[str, Tensor]:
-        """By need: (I,)."""
-        return {"inputs": self.squares[name].sqrt(), "magnitudes": self.magnitudes[name]}
+        """By need: (I,), the gram (I, I)."""
+        count = max(1, self.counts[name])
+        found = {"inputs": self.squares[name].sqrt(), "magnitudes": self.magnitudes[name]}
+        if "mean" in self.needs:
+            found["mean"] = self.means[name] / count
+        if "gram" in self.needs:
+            found["gram"] = self.grams[f"{name}/gram"] / count
+        return found
 
     def __enter__(self) -> _Inputs:
         def see(layer: nn.Module, given: tuple[Any, ...], name: str) -> None:
@@ -234,6 +255,13 @@ class _Inputs:
         for sums, order in ((self.squares, 2), (self.magnitudes, 1)):
             more = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), order, dim=0, dtype=wide) ** order
             sums[name] = sums[name] + more if name in sums else more
+        self.counts[name] = self.counts.get(name, 0) + x[..., 0].numel()
+        if self.needs & ON_CPU:
+            rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float64)
+            if "mean" in self.needs:
+                self.means[name] = self.means.get(name, 0) + rows.sum(0)
+            if "gram" in self.needs:
+                self.grams.add(f"{name}/gram", rows.T @ rows)
 
 
 def _linear_inputs(layer: Any) -> int:
@@ -247,7 +275,7 @@ def _linear_inputs(layer: Any) -> int:
 
 @contextmanager
 def _nothing() -> Iterator[None]:
-    yield
+    yield None
 
 
 @contextmanager

@@ -90,6 +90,11 @@ class State(nn.Module):
         constants = {k: t for k, t in self._buffers.items() if k not in self._non_persistent_buffers_set}
         return {**self._parameters, **constants}  # type: ignore[dict-item]  # none of them is None
 
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The trained tensors: its parameters but those that only carry notes (``Method.carriers``)."""
+        notes = self.method.carriers()
+        return {name: parameter for name, parameter in self.named_parameters() if name not in notes}
+
     def granularity(self) -> Granularity:
         """Of a sparse method's support."""
         return self.method.granularity_at(self.shape)  # type: ignore[attr-defined, no-any-return]
@@ -579,7 +584,13 @@ def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> set[int]:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    _stepping(optimizer, "before_step")
+    stepped = _stepping(optimizer, "before_step")
+    for layer in list(_ADAPTED):
+        states: Any = layer.adapters
+        for state in states.values():
+            for name in state.method.carriers():
+                if id(getattr(state, name)) in stepped:
+                    getattr(state, name).grad = None  # it was read, and no optimizer may move it
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

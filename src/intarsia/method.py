@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from intarsia.site import Site
 
 
-NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "movement")  # what can be gathered of data: see Start
+# What a method may ask for to start with: see Start. All but the last is gathered of calibration data.
+NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "gram", "mean", "movement", "original")
 
 
 def option(default: Any, help: str, *, tokens: bool = False) -> Any:
@@ -50,10 +51,13 @@ class Start:
         fisher: (O, I), the squares of the batches' gradients, summed.
         inputs: (I,), the norm of each input of the layer over all tokens of the calibration data.
         magnitudes: (I,), the sum of each input's magnitude over them.
+        gram: (I, I) float64 on the CPU, the mean of x x^T over them.
+        mean: (I,) float64 on the CPU, the mean of x over them.
         movement: (O, I), how far a first, dense training moved the weight.
+        original: (O, I), the weight before the base was compressed, in the dtype that it has there.
         index: the support itself, where it is known already.
 
-    The four in the middle are there when :meth:`Method.needs` names them.
+    Those between are there when :meth:`Method.needs` names them.
     """
 
     key: int
@@ -61,7 +65,10 @@ class Start:
     fisher: Tensor | None = None
     inputs: Tensor | None = None
     magnitudes: Tensor | None = None
+    gram: Tensor | None = None
+    mean: Tensor | None = None
     movement: Tensor | None = None
+    original: Tensor | None = None
     index: Tensor | None = None
 
     @classmethod
@@ -104,6 +111,7 @@ class Method(ABC):
     watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward: p.seen
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
+    pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # names of trained tensors (up, down) whose product acts: B, A
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason
 
@@ -137,6 +145,10 @@ class Method(ABC):
 
     def stays_wide(self) -> frozenset[str]:
         """Tensors of the state that ``p`` keeps as they are stored, because x's dtype would lose what was trained."""
+        return frozenset()
+
+    def carriers(self) -> frozenset[str]:
+        """Parameters of the state whose gradients are notes from the forward (``forms.carry``), which no optimizer moves."""
         return frozenset()
 
     def plan(self, p: Any) -> tuple[Tensor, ...]:
@@ -192,7 +204,11 @@ class Method(ABC):
 
     def sits_at(self) -> frozenset[str]:
         """The kinds of layers where it can sit as it is set: norms of inputs, and roles, are known for linear layers only."""
-        return self.kinds & {"linear"} if self.needs() & {"inputs", "magnitudes"} or self.roles_from() else self.kinds
+        return (
+            self.kinds & {"linear"}
+            if self.needs() & {"inputs", "magnitudes", "gram", "mean"} or self.roles_from()
+            else self.kinds
+        )
 
     def moves(self, step: int, steps: int) -> float:
         """The share of the support that moves after an optimizer step: number ``step`` of ``steps``, the first is 1."""

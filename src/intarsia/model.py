@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
-from intarsia.calibrate import Loss, Mapped, Progress, gather
+from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Progress, gather
 from intarsia.edits import SITS_AT, Seen
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
@@ -78,6 +78,7 @@ def attach(
     seed: int = 0,
     progress: Progress | None = None,
     gathered: Mapping[str, Mapping[str, Tensor]] | None = None,
+    original: nn.Module | Mapping[str, Tensor] | None = None,
 ) -> None:
     """Freeze the base, put one adapter on every targeted layer, and make it the only active one. In place.
 
@@ -90,6 +91,7 @@ def attach(
         seed: with the layer's name, all that random choices depend on.
         progress: called with (done, all, what) during long work.
         gathered: what the method needs of data, where it is known already: tensors by site and need, shaped as the weights.
+        original: for methods that repair a compressed base: the model before it was compressed, or its weights (O, I) by site.
 
     Raises:
         IntarsiaError: for targets that match nothing, a weight that cannot be adapted, a method that does not fit,
@@ -107,16 +109,18 @@ def attach(
         raise IntarsiaError(
             f"{method.name} chooses by movement, which a first training makes: call intarsia.lottery instead"
         )
-    if method.needs() and data is None and gathered is None:
+    wanted = method.needs() & GATHERED
+    if wanted and data is None and gathered is None:
         raise IntarsiaError(
-            f"{method.name} chooses by {', '.join(sorted(method.needs()))} and needs calibration data: pass data=[batch, ...]"
-            f"{'' if method.needs() <= {'inputs', 'magnitudes'} else ' with labels'}"
+            f"{method.name} chooses by {', '.join(sorted(wanted))} and needs calibration data: pass data=[batch, ...]"
+            f"{' with labels' if wanted & OF_BACKWARD else ''}"
         )
     keep_bits(model)
     with _base_bits(model):
         sites = _beside(model, others, _taken(model, method, targeted))
         _planned(method, sites, seed)
-        states = _start(model, method, sites, data, loss, seed, progress, gathered)
+        before = _originals(method, sites, original)
+        states = _start(model, method, sites, data, loss, seed, progress, gathered, before)
     avoided = {name: site.avoid for name, site in sites.items() if site.avoid is not None}
     attached = Attached(method, targets, exclude, seed, tuple((other.name, other.digest) for other in others))
     _put_on(model, name, attached, states, avoided)
@@ -190,6 +194,31 @@ def _taken(model: nn.Module, method: Method, targeted: Mapping[str, Site]) -> Ma
     return method.takes({name: replace(site, roles=roles.get(name, ())) for name, site in targeted.items()})
 
 
+def _originals(
+    method: Method, sites: Mapping[str, Site], original: nn.Module | Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """The weights before the base was compressed, (O, I), where the method asks for them."""
+    if "original" not in method.needs():
+        return {}
+    if original is None:
+        raise IntarsiaError(
+            f"{method.name} computes from what the compression of the base changed: pass original=the model before it, or its "
+            "weights by site"
+        )
+    found, faults = {}, []
+    there = adaptable_layers(original) if isinstance(original, nn.Module) else original
+    for name, site in sites.items():
+        if name not in there:
+            faults.append(f"{name}: original has no such weight; {nearest(name, there)}")
+            continue
+        W = site_at(original, name).weight if isinstance(original, nn.Module) else original[name]
+        if tuple(W.shape) != tuple(site.shape) or not W.is_floating_point():
+            faults.append(f"{name}: original has {tuple(W.shape)} of {W.dtype}; expected {tuple(site.shape)} of floats")
+        found[name] = W.detach()
+    _raise(faults)
+    return found
+
+
 def _start(
     model: nn.Module,
     method: Method,
@@ -199,6 +228,7 @@ def _start(
     seed: int,
     progress: Progress | None,
     gathered: Mapping[str, Mapping[str, Tensor]] | None = None,
+    originals: Mapping[str, Tensor] | None = None,
 ) -> dict[str, chain.State]:
     states: dict[str, chain.State] = {}
 
@@ -213,16 +243,19 @@ def _start(
 
     def use(name: str, found: Mapping[str, Any]) -> None:
         operator = sites[name].operator
-        found = {need: operator.matrix(t) if t.ndim > 1 else t for need, t in found.items()}
+        found = {need: operator.matrix(t) if t.ndim > 1 and need not in ON_CPU else t for need, t in found.items()}
+        if originals:
+            found["original"] = originals[name].to(sites[name].weight.device)
         if method.chooses_together():
             surveys.set(name, method.survey(sites[name], Start.at(name, seed, **found)))
         else:
             make(name, method, found)
 
     with Mapped() as surveys:
-        if method.needs() and gathered is None:
+        wanted = method.needs() & GATHERED
+        if wanted and gathered is None:
             with differentiable({name: layer_at(model, name) for name in sites}) as weights:
-                gather(model, weights, method.needs(), data or (), use, loss, progress)
+                gather(model, weights, wanted, data or (), use, loss, progress)
         else:
             for name in sites:
                 use(name, gathered[name] if gathered else {})

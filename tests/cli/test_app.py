@@ -83,7 +83,7 @@ SURFACE = {
     "bench methods": (
         ["words"],
         ["--model", "--data", "--eval", "--skill", "--other", "--method", "--lr", "--seeds", "--count", "--steps",
-         "--answers", "--output", "--restart", "--list", "--json", "--plot"],
+         "--answers", "--output", "--restart", "--behaviour", "--list", "--json", "--plot"],
     ),
     "bench switch": (
         [],

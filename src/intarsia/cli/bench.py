@@ -126,11 +126,19 @@ def methods(
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the finished runs.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget the finished runs of that folder.")] = False,
+    behaviour: Annotated[
+        str | None,
+        typer.Option("--behaviour", help="Instead, what a system claims, on a small problem: its name, or 'all'."),
+    ] = None,
     list_them: Annotated[bool, typer.Option("--list", help="Name the runs, and stop.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw loss over learning rate to this PNG.")] = None,
 ) -> None:
     """How good each method gets: methods x learning rates x seeds. The same command goes on with what was stopped."""
+    if behaviour is not None:
+        if words or plot:
+            raise IntarsiaError("--behaviour looks at small problems of its own; leave out the config and --plot")
+        return _behaviours(behaviour, list_them, json)
     from intarsia.bench.grid import Grid
     from intarsia.train.config import load_tree, validated
 
@@ -159,6 +167,38 @@ def methods(
     if list_them:
         return _list(grid)
     return _compare(grid, restart, json, plot)
+
+
+def _behaviours(name: str, list_them: bool, json: Path | None) -> None:
+    from rich.table import Table
+
+    from intarsia.bench.behaviours import behaviours
+    from intarsia.bench.machine import machine, write_json
+
+    _writable(json)
+    found, out = behaviours(name), terminal.output()
+    if list_them:
+        for one in found:
+            out.print(f"[bold cyan]{one.system:24}[/]{one.claim}")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("system", "measure", "", "found", "against", "", "shows"):
+        table.add_column(column, justify="right" if not column or column == "found" else "left")
+    rows = []
+    with terminal.progress() as progress:
+        for number, one in enumerate(found):
+            progress.work(number, len(found), f"{one.system}: {one.claim}:")
+            for seen in one.look():
+                rows.append({"system": one.system, "claim": one.claim} | seen.to_dict())
+                table.add_row(
+                    one.system, seen.measure, seen.subject, f"{seen.value:.4g}", seen.against, f"{seen.other:.4g}",
+                    "[green]yes[/]" if seen.shows else "[bold red]no[/]",
+                )  # fmt: skip
+    out.print(table)
+    for one in found:
+        out.print(f"{one.system}: {one.claim}", markup=False, style="dim")
+    if json:
+        write_json(json, machine() | {"rows": rows})
 
 
 def _list(grid: Grid) -> None:

@@ -115,7 +115,7 @@ def last_start(tokens: Tensor, sought: tuple[int, ...]) -> Tensor:
     """Where the last occurrence of a sequence begins in each row; behind the end of all rows where there is none. (B, T) -> (B,)."""
     B, T = tokens.shape
     nowhere = torch.iinfo(torch.int32).max
-    if T < len(sought):
+    if len(sought) > T:
         return torch.full((B,), nowhere, device=tokens.device)
     hits = (tokens.unfold(1, len(sought), 1) == tokens.new_tensor(sought)).all(2)
     last = torch.where(hits, torch.arange(hits.shape[1], device=tokens.device), -1).amax(1)

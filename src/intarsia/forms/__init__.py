@@ -1,5 +1,6 @@
 """Forms: the shapes of computation that many methods share. A form owns forward, fold, edit and restore."""
 
+from intarsia.forms.carry import carried, carry
 from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
@@ -28,4 +29,6 @@ __all__ = [
     "Sparse",
     "Split",
     "auto_scale",
+    "carried",
+    "carry",
 ]

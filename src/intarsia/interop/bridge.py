@@ -38,6 +38,7 @@ except ImportError as error:
 
 from intarsia import chain, registry
 from intarsia import model as attached
+from intarsia.calibrate import OF_FORWARD, shape_of
 from intarsia.edits import Placement, place
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method
@@ -691,7 +692,7 @@ def _any_scores(
     one = torch.ones(())
     return {
         name: {
-            need: one.expand(site.shape[1]) if need in ("inputs", "magnitudes") else one.expand(site.stored.shape)
+            need: one.expand(shape_of(need, site.shape) if need in OF_FORWARD else site.stored.shape)
             for need in method.needs()
         }
         for name, site in find_sites(model, list(targets), list(exclude)).items()

@@ -32,6 +32,7 @@ class Lora(Delta):
     name, title, paper = "lora", "LoRA", "arXiv:2106.09685"
     formula, trained = "W' = W + s B A", "r (O + I)"
     default_lr = 4e-3
+    pairs = (("B", "A"),)
     small = ({"rank": 2}, {"rank": 3, "alpha": 4.0, "scaling": "rslora"})
 
     def __post_init__(self):

@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from intarsia import distributed, processes, store
 from intarsia.allocators import compete
+from intarsia.calibrate import GATHERED
 from intarsia.errors import IntarsiaError
 from intarsia.evaluate import answer_loss, answer_sums
 from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state
@@ -550,7 +551,7 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
     model, config = ready.pretrained.model, ready.config
     given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "avoid": ready.avoid, "seed": config.seed}
     if "movement" not in ready.method.needs():
-        data = calibration_batches(ready) if ready.method.needs() else None
+        data = calibration_batches(ready) if ready.method.needs() & GATHERED else None
         attach(model, ready.method, config.targets, **given, data=data, progress=progress.work)
     elif processes.count() > 1:
         raise IntarsiaError(
