@@ -8,6 +8,7 @@ from intarsia.forms.delta import Delta
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
+from intarsia.forms.mixture import Mixture
 from intarsia.forms.pair import Pair
 from intarsia.forms.rescale import Rescale
 from intarsia.forms.sparse import Sparse, auto_scale
@@ -23,6 +24,7 @@ __all__ = [
     "Insert",
     "Joint",
     "Kernel",
+    "Mixture",
     "Pair",
     "Part",
     "Rescale",

@@ -50,13 +50,15 @@ class Insert(Method):
         return InsertEdit(p.shape, self.inserted(p).mapped(lambda t: t.detach().clone()), self.place, self.scale)
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
-        fresh = self.edit(SimpleNamespace(shape=site.shape, **self.init(site, Start.at(site.name, 0))))
+        state = self.init(site, Start.at(site.name, 0))
+        fresh = self.edit(SimpleNamespace(shape=site.shape, **state))
         if (edit.kind, edit.facts(), _shapes(edit)) != (fresh.kind, fresh.facts(), _shapes(fresh)):
             raise IntarsiaError(
                 f"{site.name}: the file has a {edit.kind} edit that its own config does not make: {self}"
             )
         wide = torch.promote_types(site.weight.dtype, torch.float32)
-        return {name: nn.Parameter(tensor.to(wide, copy=True)) for name, tensor in edit.tensors().items()}
+        found = {name: tensor.to(wide, copy=True) for name, tensor in edit.tensors().items()}
+        return {name: nn.Parameter(t) if isinstance(state[name], nn.Parameter) else t for name, t in found.items()}
 
 
 def _shapes(edit: Edit) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from intarsia.methods.paca import Paca
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
+from intarsia.methods.smora import Smora
 from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
@@ -24,7 +25,7 @@ __all__ = [
     "Rosa",
     "S2ft",
     "Shira",
-    "Smt",
+    "Smora", "Smt",
     "Snell",
     "Snella",
     "Tokens",
