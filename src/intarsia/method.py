@@ -151,6 +151,10 @@ class Method(ABC):
         """Parameters of the state whose gradients are notes from the forward (``forms.carry``), which no optimizer moves."""
         return frozenset()
 
+    def invoked_by(self) -> tuple[int, ...]:
+        """Tokens that a row must have, one behind the other, for the method to do anything there; none: it acts in every row."""
+        return ()
+
     def plan(self, p: Any) -> tuple[Tensor, ...]:
         """Constants that follow from the state and are not saved with it; made once, met again as ``p.plan``."""
         return ()

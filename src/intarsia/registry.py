@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -172,6 +172,26 @@ def build(config: str | Mapping[str, Any]) -> Method:
             )
         values[key] = fit(cls.name, fields[key], value)
     return cls(**values)
+
+
+def with_tokens(config: Mapping[str, Any], tokens_of: Callable[[str], Sequence[int]]) -> dict[str, Any]:
+    """A method's config with texts turned into token numbers, in the fields that say so (``option(..., tokens=True)``).
+
+    Methods know no tokenizer; whoever has one calls this before :func:`build`.
+
+    Raises:
+        IntarsiaError: for a text that is no token at all.
+    """
+    found = dict(config)
+    for field in dataclasses.fields(find(config["name"])):  # type: ignore[arg-type]
+        text = config.get(field.name)
+        if isinstance(text, Mapping) and "name" in text:
+            found[field.name] = with_tokens(text, tokens_of)
+        elif isinstance(text, str) and field.metadata.get("tokens"):
+            found[field.name] = list(tokens_of(text))
+            if not found[field.name]:
+                raise IntarsiaError(f"{config['name']}: {field.name}={text!r} makes no token; give a text of one or more")
+    return found
 
 
 def fit(owner: str, field: dataclasses.Field[Any], value: Any, called: str = "") -> Any:

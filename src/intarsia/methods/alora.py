@@ -44,6 +44,9 @@ class Alora(Insert):
         object.__setattr__(self, "invocation", tuple(self.invocation))
         self.require(self.start_offset >= 0, "start_offset", "0 or more tokens")
 
+    def invoked_by(self):
+        return self.invocation
+
     def lora(self):
         return Lora(self.rank, self.alpha)
 

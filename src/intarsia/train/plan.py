@@ -6,8 +6,9 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from intarsia import processes, registry
 from intarsia.bases import packing_of
@@ -25,6 +26,9 @@ from intarsia.train.data import BatchView, DataReport, Example, load_examples, s
 from intarsia.train.data import show_batch as view
 from intarsia.train.progress import Progress, size
 from intarsia.train.snapshots import snapshot_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MUCH_TOO_LOW = 8  # a learning rate that many times below the method's own gets a warning
 STATE_BYTES = {"adamw": 8, "adafactor": 4, "sgd": 0}  # of optimizer state for a trained number; adafactor: at most
@@ -87,6 +91,14 @@ class Plan:
                 f"train.lr={lr:g} is {usual / lr:.0f} times below what {self.method.name} was measured to want "
                 f"({usual:g}); it will learn slowly, if at all. Leave train.lr out to use that"
             )
+        sought = self.method.invoked_by()
+        without = sum(not _holds(example.input_ids, sought) for example in self.train) if sought else 0
+        if without:
+            text = self.pretrained.tokenizer.decode(list(sought))
+            found.append(
+                f"{without} of {len(self.train)} rows to train on do not have {text!r} (tokens {list(sought)}), which "
+                f"{self.method.name} is invoked by; nothing is learned of them"
+            )
         for report in self.reports:
             skipped = sum(report.skipped.values())
             found += [f"{report.path}: {skipped} bad rows skipped"] if skipped else []
@@ -105,7 +117,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         raise IntarsiaError("train.shard needs several processes: torchrun --nproc-per-node 2 -m intarsia train ...")
     if config.train.shard and config.load_in:
         raise IntarsiaError(f"train.shard deals out plain weights; leave load_in={config.load_in} out, or train.shard")
-    method = registry.build(config.method)
+    registry.build(registry.with_tokens(config.method, lambda text: [0]))  # what is wrong there is told before a model is loaded
     if pretrained is None:
         device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
         pretrained = load_pretrained(
@@ -116,6 +128,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
             "train.shard deals the base out for good; leave pretrained out, so that train() loads its own"
         )
     model = pretrained.model
+    method = registry.build(registry.with_tokens(config.method, partial(_tokens, pretrained.tokenizer)))
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
     targeted = find_sites(model, config.targets, config.exclude)
@@ -155,6 +168,14 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     )
     depends_on = settings(config, method, pretrained, avoid)
     return Plan(config, method, avoid, pretrained, train, held_out, reports, estimate, snapshots, depends_on)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _holds(ids: list[int], sought: tuple[int, ...]) -> bool:
+    return any(tuple(ids[at : at + len(sought)]) == sought for at in range(len(ids) - len(sought) + 1))
 
 
 def _to_avoid(config: Config, method: Method) -> list[Adapter]:
