@@ -183,14 +183,16 @@ def with_tokens(config: Mapping[str, Any], tokens_of: Callable[[str], Sequence[i
         IntarsiaError: for a text that is no token at all.
     """
     found = dict(config)
-    for field in dataclasses.fields(find(config["name"])):  # type: ignore[arg-type]
-        text = config.get(field.name)
+    for each in dataclasses.fields(find(config["name"])):  # type: ignore[arg-type]
+        text = config.get(each.name)
         if isinstance(text, Mapping) and "name" in text:
-            found[field.name] = with_tokens(text, tokens_of)
-        elif isinstance(text, str) and field.metadata.get("tokens"):
-            found[field.name] = list(tokens_of(text))
-            if not found[field.name]:
-                raise IntarsiaError(f"{config['name']}: {field.name}={text!r} makes no token; give a text of one or more")
+            found[each.name] = with_tokens(text, tokens_of)
+        elif isinstance(text, str) and each.metadata.get("tokens"):
+            found[each.name] = list(tokens_of(text))
+            if not found[each.name]:
+                raise IntarsiaError(
+                    f"{config['name']}: {each.name}={text!r} makes no token; give a text of one or more"
+                )
     return found
 
 

@@ -18,7 +18,9 @@ from intarsia.methods import Alora
 from small import small_net, some_input, stir
 
 INVOCATION = (7, 11)
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # what PEFT asks for
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)  # what PEFT asks for
 TARGETS = ["*q_proj", "*k_proj", "*v_proj"]
 
 
@@ -326,7 +328,14 @@ def test_without_an_invocation_it_is_not_attached(tiny_llama):
 def test_a_file_that_makes_none_is_refused(tensors, facts, word):
     good = {"A": torch.zeros(2, 16), "B": torch.zeros(24, 2)}
     given = tensors if word == "tensors" else good | tensors
-    said = {"type": "insert", "what": "activated", "place": "parallel", "scale": 1.0, "invocation": [1], "start_offset": 0}
+    said = {
+        "type": "insert",
+        "what": "activated",
+        "place": "parallel",
+        "scale": 1.0,
+        "invocation": [1],
+        "start_offset": 0,
+    }
     with pytest.raises(ia.IntarsiaError, match=word):
         edits.build_edit("insert", (24, 16), given, said | facts)
     edits.build_edit("insert", (24, 16), good, said)

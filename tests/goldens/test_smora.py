@@ -30,7 +30,12 @@ def _by_hand(x: Tensor, state: Any, k: int, gate: str, scale: float) -> Tensor:
         total = sum(math.exp(z[i]) for i in chosen)
         y = torch.zeros(B.shape[0], dtype=torch.float64)
         for i in chosen:
-            g = {"softmax": k * math.exp(z[i]) / total, "logit": z[i], "sigmoid": 1 / (1 + math.exp(-z[i])), "binary": 1.0}[gate]
+            g = {
+                "softmax": k * math.exp(z[i]) / total,
+                "logit": z[i],
+                "sigmoid": 1 / (1 + math.exp(-z[i])),
+                "binary": 1.0,
+            }[gate]
             y += scale * g * float(A[i] @ token) * B[:, i]
         rows.append(y)
     return torch.stack(rows).view(*x.shape[:-1], -1)
@@ -109,9 +114,12 @@ def test_a_mixture_of_loras_is_one_lora_with_gates_by_block():
     G = torch.rand(4, 3, N, generator=generator, dtype=torch.float64)
     mixture = sum(G[..., n : n + 1] * (x @ A[n].T @ B[n].T) for n in range(N))
     zeros = torch.zeros(N * r, 16, dtype=torch.float64)
-    one = Routed(A.reshape(-1, 16), torch.cat(list(B), 1), zeros, zeros[:, 0], N * r, "logit")
+    stacked = A.reshape(-1, 16), torch.cat(list(B), 1)
+    one = Routed(*stacked, zeros, zeros[:, 0], N * r, "logit")
     which = torch.arange(N * r).expand(4, 3, -1)
     torch.testing.assert_close(one.mixed(x, G.repeat_interleave(r, -1), which), mixture, rtol=1e-12, atol=1e-13)
+    blocks = Routed(*stacked, zeros[:N], zeros[:N, 0], N, "logit")
+    torch.testing.assert_close(blocks.mixed(x, G, which[..., :N]), mixture, rtol=1e-12, atol=1e-13)
 
 
 # ------------------------------------------------------------------ balance
@@ -262,8 +270,9 @@ def test_fields_out_of_range_are_refused(field, value):
 
 @pytest.mark.parametrize(
     ("tensors", "facts", "word"),
-    [({"A": torch.zeros(3, 16)}, {}, "A is"), ({"B": torch.zeros(4, 24)}, {}, "B is"), ({"router": torch.zeros(4, 15)}, {}, "router is"),
-     ({"b": torch.zeros(4, 1)}, {}, "b is"), ({"b": torch.tensor([0, 0, math.nan, 0])}, {}, "not finite"), ({}, {"active": 5}, "active"),
+    [({"A": torch.zeros(4, 15)}, {}, "A is"), ({"B": torch.zeros(4, 24)}, {}, "B is"), ({"router": torch.zeros(4, 15)}, {}, "router is"),
+     ({"b": torch.zeros(4, 1)}, {}, "b is"),
+     ({"b": torch.zeros(3), "router": torch.zeros(3, 16)}, {}, "multiple"), ({"b": torch.zeros(())}, {}, "router is"), ({"b": torch.tensor([0, 0, math.nan, 0])}, {}, "not finite"), ({}, {"active": 5}, "active"),
      ({}, {"active": None}, "active"), ({}, {"gate": "top"}, "gate"), ({"more": torch.zeros(1)}, {}, "tensors")],
 )  # fmt: skip
 def test_a_file_that_makes_none_is_refused(tensors, facts, word):

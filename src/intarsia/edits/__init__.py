@@ -20,12 +20,12 @@ from intarsia.edits.edit import (
 from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
-from intarsia.edits.routed import GATES, Routed
+from intarsia.edits.routed import GATES, Routed, Routing
 from intarsia.edits.sum import Sum
 
 __all__ = [
     "ACTIVATIONS", "GATES", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Activated", "Bottleneck", "Dense", "Edit",
-    "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Routed", "Runs", "Seen", "Sparse", "Sum",
+    "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Routed", "Routing", "Runs", "Seen", "Sparse", "Sum",
     "add", "build_edit", "check_finite", "columns", "elements", "gathered", "is_tokens", "memory", "merge", "overlap",
     "place", "positions", "put", "put_row", "row_norms", "scale", "sizes", "sparsify", "summed", "to_dense",
     "want_numbers", "want_tensors",

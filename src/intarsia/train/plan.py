@@ -117,7 +117,9 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         raise IntarsiaError("train.shard needs several processes: torchrun --nproc-per-node 2 -m intarsia train ...")
     if config.train.shard and config.load_in:
         raise IntarsiaError(f"train.shard deals out plain weights; leave load_in={config.load_in} out, or train.shard")
-    registry.build(registry.with_tokens(config.method, lambda text: [0]))  # what is wrong there is told before a model is loaded
+    registry.build(
+        registry.with_tokens(config.method, lambda text: [0])
+    )  # what is wrong there is told before a model is loaded
     if pretrained is None:
         device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
         pretrained = load_pretrained(

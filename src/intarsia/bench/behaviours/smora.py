@@ -62,10 +62,15 @@ def _overlap(net: Any, active: int) -> float:
     return len(most[0] & most[1]) / len(most[0] | most[1])
 
 
-@behaviour("smora", "learns two conflicting tasks with few active ranks, where LoRA of as many or of all ranks makes a compromise")
+@behaviour(
+    "smora",
+    "learns two conflicting tasks with few active ranks, where LoRA of as many or of all ranks makes a compromise",
+)
 def conflict() -> list[Seen]:
     generator = torch.Generator().manual_seed(1)
-    own = [torch.randn(WIDTH, RANK, generator=generator) @ torch.randn(RANK, WIDTH, generator=generator) for _ in range(2)]
+    own = [
+        torch.randn(WIDTH, RANK, generator=generator) @ torch.randn(RANK, WIDTH, generator=generator) for _ in range(2)
+    ]
     targets = torch.stack(own) / (RANK * WIDTH) ** 0.5
     targets[:, :, :MARKS] = 0.0
     error, net = _left(Smora(16, 4), targets)
@@ -74,5 +79,12 @@ def conflict() -> list[Seen]:
     return [
         Seen("relative error", "smora r=16, k=4", error, "lora r=4", few, "lower"),
         Seen("relative error", "smora r=16, k=4", error, "lora r=16", all_of_them, "lower"),
-        Seen("Jaccard of the 4 ranks each task uses most", "smora r=16, k=4", _overlap(net, 4), "sets at random", 0.15, "lower"),
+        Seen(
+            "Jaccard of the 4 ranks each task uses most",
+            "smora r=16, k=4",
+            _overlap(net, 4),
+            "sets at random",
+            0.15,
+            "lower",
+        ),
     ]
