@@ -224,12 +224,16 @@ class Method(ABC):
 
     def config(self) -> dict[str, Any]:
         """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""
-        return {"name": self.name} | {
-            f.name: value.config() if isinstance(value := getattr(self, f.name), Method) else value
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
-        }
+        return {"name": self.name} | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def require(self, holds: bool, field: str, expected: str) -> None:
         """For ``__post_init__``: one readable error for a field out of its range."""
         if not holds:
             raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON gives it back: a tuple is a list there."""
+    if isinstance(value, Method):
+        return value.config()
+    return list(value) if isinstance(value, tuple) else value

@@ -192,6 +192,16 @@ def test_the_counts_are_those_of_the_batch_however_it_is_computed(way):
     assert torch.equal(state_of(net, "0").b, expected)
 
 
+def test_padding_does_not_count():
+    net, x = _favouring_rank_0(speed=0.25), some_input(torch.float32, 8, 6, 16)
+    optimizer = torch.optim.SGD(trained(net), lr=0.0)
+    expected = 0.25 * torch.sign(2 / 6 - _load(net, x[:, :4]))
+    x[:, 4:] = 10 * x[0, 0]
+    net(x)[:, :4].square().sum().backward()
+    optimizer.step()
+    assert torch.equal(state_of(net, "0").b, expected)
+
+
 def test_the_balance_is_not_moved_in_eval_mode_nor_by_weight_decay():
     net, x = _favouring_rank_0().eval(), some_input(torch.float32, 64, 16)
     optimizer = torch.optim.AdamW(trained(net), lr=0.1, weight_decay=0.5)

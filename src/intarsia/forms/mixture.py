@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from intarsia.edits import Routing
@@ -21,7 +20,7 @@ from intarsia.method import Below
 class Mixture(Insert):
     """State: the function's tensors, of which ``b`` (N,) is one.
 
-    Balanced without a loss: b_i <- b_i + speed sign(k / N - c_i), c_i the share of the tokens since the last step that chose i.
+    Balanced without a loss: b_i <- b_i + speed sign(k / N - c_i), c_i the share that chose i of the tokens since the last step.
     """
 
     place = "parallel"
@@ -35,7 +34,7 @@ class Mixture(Insert):
         function = self.inserted(p)
         gates, which = function.route(x)
         y = below(x) + self.scale * function.mixed(x, gates, which)
-        return carry(y, p.b, lambda gy: _wanting(which, len(p.b))) if p.training else y
+        return carry(y, p.b, lambda gy: _wanting(which, gy, len(p.b))) if p.training else y
 
     def carriers(self) -> frozenset[str]:
         return frozenset({"b"})
@@ -49,11 +48,11 @@ class Mixture(Insert):
             p.b.add_(self.speed * wanting.sign())
 
 
-def _wanting(which: Tensor, experts: int) -> Tensor:
+def _wanting(which: Tensor, gy: Tensor, experts: int) -> Tensor:
     """How many tokens each expert falls short of an even share, times N: whole numbers, so that any sum of them has the right sign.
 
-    (..., k) -> (N,).
+    Tokens on which no loss depends, padding above all, have a gradient of 0 and do not count. which (..., k), gy (..., m) -> (N,).
     """
-    flat = which.flatten()
-    counts = torch.zeros(experts, dtype=flat.dtype, device=flat.device).scatter_add(0, flat, torch.ones_like(flat))
-    return flat.numel() - experts * counts
+    counted = (gy != 0).any(-1, keepdim=True).expand_as(which).flatten().to(which.dtype)
+    counts = counted.new_zeros(experts).scatter_add(0, which.flatten(), counted)
+    return counted.sum() - experts * counts
