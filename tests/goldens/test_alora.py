@@ -330,7 +330,7 @@ def test_a_file_that_makes_none_is_refused(tensors, facts, word):
     given = tensors if word == "tensors" else good | tensors
     said = {
         "type": "insert",
-        "what": "activated",
+        "what": "low rank activated by tokens",
         "place": "parallel",
         "scale": 1.0,
         "invocation": [1],

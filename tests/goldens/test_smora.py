@@ -287,7 +287,14 @@ def test_fields_out_of_range_are_refused(field, value):
 )  # fmt: skip
 def test_a_file_that_makes_none_is_refused(tensors, facts, word):
     good = {"A": torch.zeros(4, 16), "B": torch.zeros(24, 4), "router": torch.zeros(4, 16), "b": torch.zeros(4)}
-    said = {"type": "insert", "what": "routed ranks", "place": "parallel", "scale": 1.0, "active": 2, "gate": "softmax"}
+    said = {
+        "type": "insert",
+        "what": "mixture of ranks",
+        "place": "parallel",
+        "scale": 1.0,
+        "active": 2,
+        "gate": "softmax",
+    }
     edits.build_edit("insert", (24, 16), good, said)
     with pytest.raises(ia.IntarsiaError, match=word):
         edits.build_edit("insert", (24, 16), good | tensors, said | facts)

@@ -155,7 +155,7 @@ class Activated(Inserted):
     start_offset: int = 0  # tokens after the first one of the invocation
     seen: Seen | None = None
 
-    what, watches = "activated", True
+    what, watches = "low rank activated by tokens", True
 
     def __call__(self, v: Tensor) -> Tensor:
         on = None if self.seen is None else self.seen.active(self.invocation, self.start_offset, v)

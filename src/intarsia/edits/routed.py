@@ -53,7 +53,7 @@ class Routed(Routing):
     active: int
     gate: str
 
-    what = "routed ranks"
+    what = "mixture of ranks"
     wide = frozenset({"b"})  # whose steps are small beside it
 
     def route(self, v: Tensor) -> tuple[Tensor, Tensor]:
