@@ -199,7 +199,7 @@ def test_the_bases_cache_serves_activated_adapters_as_the_page_says(
     for name, call in calls.items():
         ia.activate(alone, name)
         whole = torch.cat([names["prompt"], call], dim=1)
-        expected = alone.generate(whole, max_new_tokens=8, do_sample=False)  # type: ignore[operator]
+        expected = alone.generate(whole, max_new_tokens=8, do_sample=False)
         assert torch.equal(names["answers"][name], expected)
     assert names["cache"].get_seq_length() == 30
 

@@ -181,8 +181,8 @@ def test_without_an_invocation_it_is_the_base_and_learns_nothing(tiny_llama):
     assert torch.equal(logits, base(ids).logits)
     logits.sum().backward()
     for state in models.states(model, "default").values():
-        assert not state.A.grad.any()  # type: ignore[union-attr]
-        assert not state.B.grad.any()  # type: ignore[union-attr]
+        assert not state.A.grad.any()  # type: ignore[union-attr, operator]
+        assert not state.B.grad.any()  # type: ignore[union-attr, operator]
 
 
 def test_from_the_first_token_on_it_is_a_lora(tiny_llama):

@@ -23,9 +23,9 @@ from intarsia.registry import register
 @register
 @dataclass(frozen=True)
 class Alora(Insert):
-    invocation: list | tuple = option(
+    invocation: list | tuple = option(  # type: ignore[type-arg]
         (), "numbers of the tokens that invoke it; in a training config also their text", tokens=True
-    )  # type: ignore[type-arg]
+    )
     rank: int = option(32, "rank r of the update")
     alpha: float | None = option(None, "the update is multiplied by alpha / r; none: 2 r")
     start_offset: int = option(0, "tokens after the first one of the invocation at which it begins to act")
@@ -51,7 +51,7 @@ class Alora(Insert):
         return Lora(self.rank, self.alpha)
 
     @property
-    def scale(self):
+    def scale(self):  # type: ignore[override]
         return self.lora().scale
 
     def check(self, site):
@@ -66,4 +66,4 @@ class Alora(Insert):
         return self.lora().init(site, start)
 
     def inserted(self, p):
-        return Activated(p.A, p.B, self.invocation, self.start_offset, getattr(p, "seen", None))
+        return Activated(p.A, p.B, tuple(self.invocation), self.start_offset, getattr(p, "seen", None))

@@ -49,7 +49,7 @@ class Smora(Mixture):
         self.require(0 <= self.speed < math.inf, "speed", "0 or a small positive number")
 
     @property
-    def scale(self):
+    def scale(self):  # type: ignore[override]
         return 2.0 if self.alpha is None else self.alpha / self.active
 
     def trained_count(self, shape):

@@ -27,10 +27,10 @@ def _tokens(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def _left(method: Method, targets: Tensor, steps: int = 1500) -> tuple[float, Any]:
     """(relative error on fresh tokens, the trained net). targets (2, WIDTH, WIDTH): what each task adds to the layer."""
     generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    layer = nn.Linear(WIDTH, WIDTH, bias=False)
     with torch.no_grad():
-        net[0].weight.copy_(torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5)
-    W = net[0].weight.detach().clone()
+        layer.weight.copy_(torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5)
+    net, W = nn.Sequential(layer), layer.weight.detach().clone()
     models.attach(net, method, "0")
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
