@@ -26,7 +26,7 @@ from intarsia import pretrained
 from intarsia.bench.machine import machine, write_json
 from intarsia.methods import Alora
 
-TARGETS, RANK, ROUNDS, PREFIXES = ["*q_proj", "*k_proj", "*v_proj"], 32, 9, (250, 500, 1000, 1900)
+TARGETS, RANK, ROUNDS, PREFIXES = ["*q_proj", "*k_proj", "*v_proj"], 32, 5, (250, 1000)
 INVOCATION, QUESTION = "<|im_start|>assistant\n", "Is the last answer supported by the text above? Answer yes or no:"
 
 
@@ -106,12 +106,14 @@ def main() -> None:
     deck = ia.Deck(model)
     deck.add(**given)  # type: ignore[arg-type]
     call = torch.tensor([tokens(INVOCATION + QUESTION)])
-    rows = [measure(model, deck, torch.tensor([tokens(text)[:length]]), call) for length in PREFIXES]
-    for row in rows:
+    rows = []
+    for length in PREFIXES:
+        row = measure(model, deck, torch.tensor([tokens(text)[:length]]), call)
+        rows.append(row)
         each = ", ".join(f"{way} {1000 * spent:.0f} ms" for way, spent in row["seconds"].items())
         bits = "equal to the bit" if row["bits_of_the_prefix_equal"] else "NOT equal"
         print(f"prefix {row['prefix']}: {each}; {row['times_faster_than_lora']:.1f} times faster than lora; keys and values of "
-              f"the prefix {bits}; logits differ by {row['largest_logit_difference']:.2g}")  # fmt: skip
+              f"the prefix {bits}; logits differ by {row['largest_logit_difference']:.2g}", flush=True)  # fmt: skip
     if options.json:
         what = "seconds to the first token after a shared prefix, medians"
         write_json(options.json, {"what": what, "model": "smollm2-135m", "dtype": options.dtype, "rank": RANK, "rounds": ROUNDS,

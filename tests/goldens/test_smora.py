@@ -287,7 +287,7 @@ def test_fields_out_of_range_are_refused(field, value):
 )  # fmt: skip
 def test_a_file_that_makes_none_is_refused(tensors, facts, word):
     good = {"A": torch.zeros(4, 16), "B": torch.zeros(24, 4), "router": torch.zeros(4, 16), "b": torch.zeros(4)}
-    said = {
+    said: dict[str, Any] = {
         "type": "insert",
         "what": "mixture of ranks",
         "place": "parallel",
