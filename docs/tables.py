@@ -14,7 +14,23 @@ from pathlib import Path
 import torch
 
 import intarsia as ia
-from intarsia.edits import KINDS, Bottleneck, Dense, Edit, Insert, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
+from intarsia.edits import (
+    KINDS,
+    Blocks,
+    Bottleneck,
+    Combined,
+    Dense,
+    Edit,
+    Insert,
+    Kernel,
+    Kronecker,
+    LowRank,
+    Rescaled,
+    Scaled,
+    Sequential,
+    Sparse,
+    Sum,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
 from intarsia.merge import KINDS as MERGED_KINDS
@@ -92,8 +108,12 @@ def samples() -> dict[str, Edit]:
     found["sum of rows and low_rank, weighted"] = Sum(shape, (found["rows"], low_rank), (0.5, 2.0))
     kernel = partial(Kernel, shape, torch.linspace(-1, 1, 128).view(2, 64, 1), torch.ones(2, 64, 1), None, rule="soft")
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
+    found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
+    found["blocks"] = Blocks(shape, torch.ones(4, 16, 2), torch.ones(4, 2, 16), 1.0)
+    found["combined"] = Combined(shape, torch.ones(3), torch.ones(3), 2, 0, 1.0)
+    found["scaled"] = Scaled(shape, torch.ones(32, 2), torch.ones(2, 64), 0, "dense", "paper", 1.0)
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")
     found["sum of elements and insert"] = Sum(shape, (found["elements"], found["insert"]))
     if missing := KINDS.keys() - {edit.kind for edit in found.values()}:

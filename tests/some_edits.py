@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from intarsia import store
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import (
+    Blocks,
+    Combined,
+    Dense,
+    Edit,
+    Kronecker,
+    LowRank,
+    Rescaled,
+    Scaled,
+    Sequential,
+    Sparse,
+    Sum,
+    elements,
+)
 from intarsia.support import Column
 
 BASE = store.Base("0" * 64, "float32", "somewhere")
@@ -39,6 +52,10 @@ def every_kind() -> dict[str, Edit]:
         "low_rank": low,
         "dense": Dense((12, 10), normal(12, 10)),
         "kronecker": Kronecker((12, 10), normal(3, 2), normal(4, 5), 0.5),
+        "blocks": Blocks((12, 10), normal(2, 6, 3), normal(2, 3, 5), 0.5),
+        "combined": Combined((12, 10), normal(5), normal(7, seed=1), 3, 11, 0.5),
+        "scaled": Scaled((12, 10), normal(3, 4), normal(4, 10), 7, "sparse", "paper", 0.5),
         "sum": Sum((12, 10), (small, low), (1.0, 0.5)),
         "rescaled": Rescaled((12, 10), low, torch.ones(12)),
+        "sequential": Sequential((12, 10), normal(12, 3), normal(3, 12, seed=1), 0.5),
     }

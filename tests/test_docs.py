@@ -147,7 +147,7 @@ def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "lora_fa", module)
-    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     spec.loader.exec_module(module)
     run(laws, {"LoraFa": module.LoraFa}, page)
 
@@ -162,7 +162,7 @@ def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gated", module)
-    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     monkeypatch.setitem(edits.INSERTED, "gated bottleneck", None)  # gone again after the test
     spec.loader.exec_module(module)
     run(laws, {"Gated": module.Gated}, page)
@@ -202,6 +202,27 @@ def test_the_bases_cache_serves_activated_adapters_as_the_page_says(
         expected = alone.generate(whole, max_new_tokens=8, do_sample=False)
         assert torch.equal(names["answers"][name], expected)
     assert names["cache"].get_seq_length() == 30
+
+
+def test_the_edit_of_the_guide_is_an_edit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-an-edit.md"
+    monkeypatch.setitem(edits.KINDS, "two_sided", None)  # gone again after the test
+    module = ModuleType("two_sided")
+    monkeypatch.setitem(sys.modules, "two_sided", module)  # a dataclass asks for the module that it stands in
+    for block in blocks(page, "python"):
+        run(block, vars(module), page)
+    model = toy_model()
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("q_proj.weight"))
+    rows, columns = weight.shape
+    edit = module.TwoSided((rows, columns), 0.1 * torch.ones(rows), torch.zeros(columns))
+    before = weight.detach().clone()
+    ia.store.write(ia.Adapter("a", {name: edit}, ia.model.base_of(model, [name])[0], {"name": "any"}), tmp_path / "a")
+    deck = ia.Deck(model)
+    deck.add(tmp_path / "a")
+    deck.use("a")
+    torch.testing.assert_close(weight.detach(), 1.1 * before)
+    deck.off()
+    assert torch.equal(weight.detach(), before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -569,22 +569,32 @@ def as_base(layers: Sequence[Any], name: str) -> Iterator[None]:
             layer.active, layer.live = active, live
 
 
-def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> set[int]:
-    """Call a hook of the methods whose states take part in a step. -> the ids of the parameters that do."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> Iterator[tuple[State, float]]:
+    """The states that take part in a step and whose methods have this hook, each with its learning rate."""
+    rates = _rates(optimizer)
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
             if getattr(type(state.method), hook) is getattr(Method, hook):
                 continue
-            if any(id(parameter) in stepped and parameter.grad is not None for parameter in state.parameters()):
-                with torch.no_grad():
-                    getattr(state.method, hook)(state.raw())
-    return stepped
+            moved = [p for p in state.parameters() if id(p) in rates and p.grad is not None]
+            if moved:
+                yield state, rates[id(moved[0])]
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """The learning rate of each parameter that an optimizer moves, by the parameter's id."""
+    return {id(p): float(group.get("lr", 0.0)) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    stepped = _stepping(optimizer, "before_step")
+    seen: set[int] = set()
+    for state, _lr in _stepping(optimizer, "penalty"):
+        _add_penalty(state, seen)
+    for state, _lr in _stepping(optimizer, "before_step"):
+        with torch.no_grad():
+            state.method.before_step(state.raw())
+    stepped = _rates(optimizer)
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
@@ -593,9 +603,26 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     getattr(state, name).grad = None  # it was read, and no optimizer may move it
 
 
+def _add_penalty(state: State, seen: set[int]) -> None:
+    """Add the gradient of the method's penalty to those of the state; to a tensor that several states share, for the first one."""
+    with torch.enable_grad():
+        penalty = state.method.penalty(state.raw())
+    wanted = [p for p in state.parameters() if p.grad is not None and p.requires_grad and id(p) not in seen]
+    seen.update(map(id, wanted))
+    if penalty is None or not penalty.requires_grad or not wanted:
+        return
+    for parameter, gradient in zip(wanted, torch.autograd.grad(penalty, wanted, allow_unused=True), strict=True):
+        if gradient is not None:
+            assert parameter.grad is not None
+            parameter.grad.add_(gradient)
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Some optimizers write through parameter.data, which no version counter sees.
-    stepped = _stepping(optimizer, "after_step")
+    for state, lr in _stepping(optimizer, "after_step"):
+        with torch.no_grad():
+            state.method.after_step(state.raw(), lr)
+    stepped = _rates(optimizer)
     layers: list[Any] = list(_ADAPTED)
     for layer in layers:
         if layer.live is None:

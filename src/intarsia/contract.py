@@ -1053,8 +1053,11 @@ def _stacked(layer: Any, names: Sequence[str], x: Tensor) -> Tensor:
         if not count:
             return F.linear(x, W, b)
         state = states[count - 1]
-        if state.method.mergeable:  # and adds to whatever weight there is
-            return output(count - 1, x) + F.linear(x, state.method.fold(state.raw(), torch.zeros_like(W), None)[0])
+        if state.method.mergeable:  # y' = M y + D x, where its fold is W' = M W + D and b' = M b
+            zero, raw = torch.zeros_like(W), state.raw()
+            columns = [state.method.fold(raw, zero, one)[1] for one in torch.eye(len(W), dtype=W.dtype)]
+            M = torch.stack([column for column in columns if column is not None], 1)
+            return F.linear(output(count - 1, x), M) + F.linear(x, state.method.fold(raw, zero, None)[0])
         for factor, insert in state.method.edit(state.raw()).inserts():
             if insert.place == "before":
                 return output(count - 1, x + factor * insert.scale * insert.inserted(x))

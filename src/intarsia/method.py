@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.errors import IntarsiaError
+from intarsia.named import Named
+from intarsia.named import option as option  # where methods look for it
 
 if TYPE_CHECKING:
     from intarsia.edits import Edit
@@ -23,12 +25,11 @@ if TYPE_CHECKING:
 NEEDS = ("gradient", "fisher", "inputs", "magnitudes", "gram", "mean", "movement", "original")
 
 
-def option(default: Any, help: str, *, tokens: bool = False) -> Any:
-    """A hyperparameter: its default and one line for the command line, the docs and the config schema.
-
-    ``tokens``: a list of token numbers. Methods know no tokenizer; who has one may be given the text (:func:`registry.with_tokens`).
-    """
-    return field(default=default, metadata={"help": help} | ({"tokens": True} if tokens else {}))
+def as_parameters(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained tensors for a site: copies, float32 or wider, where its weight is."""
+    weight = site.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return {name: nn.Parameter(tensor.to(weight.device, wide, copy=True)) for name, tensor in tensors.items()}
 
 
 class Below(Protocol):
@@ -89,7 +90,11 @@ class Start:
         return torch.Generator().manual_seed(self.key)
 
 
-class Method(ABC):
+def _shapes(edit: Edit) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in edit.tensors().items()}
+
+
+class Method(Named, ABC):
     """How an adapter is trained. Subclasses are frozen dataclasses; their fields are the hyperparameters.
 
     ``p`` below is the state at one site: its tensors as attributes (``p.A``, ``p.values``) in one floating dtype, which is
@@ -97,11 +102,10 @@ class Method(ABC):
     and ``p.shape``, the (O, I) of the weight.
     """
 
-    name: ClassVar[str]  # as in configs and on the command line
-    title: ClassVar[str]  # as in the paper
-    formula: ClassVar[str]  # one line
-    paper: ClassVar[str]  # "arXiv:...."
     trained: ClassVar[str]  # trained numbers a weight, as a formula
+    cost: ClassVar[str] = (
+        "none"  # multiplications a token beside its layer once it is trained; none: it is set into the weight
+    )
     kind: ClassVar[str] = "method"
     role: ClassVar[str] = "adapter"
     mergeable: ClassVar[bool] = True  # whether it changes the weight; else fold raises, and the edit is an insert
@@ -135,6 +139,10 @@ class Method(ABC):
     def edit(self, p: Any) -> Edit:
         """What the trained state does to the weight, or beside it, in eval mode, as an edit that knows no method."""
 
+    def bias_edit(self, p: Any) -> Edit | None:
+        """The same for the layer's bias, seen as a matrix (O, 1), where the layer has one; None: it stays."""
+        return None
+
     @abstractmethod
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
         """The state whose :meth:`edit` is this one, to the bit."""
@@ -163,11 +171,17 @@ class Method(ABC):
         """What follows from the method and the weight's shape alone; asked once, met again as ``p.traits`` (else None)."""
         return None
 
-    def before_step(self, p: Any) -> None:  # noqa: B027
+    def before_step(self, p: Any) -> None:
         """Called before every optimizer step that this state takes part in, with the gradients there (``p.A.grad``)."""
 
-    def after_step(self, p: Any) -> None:  # noqa: B027  # most methods have nothing to do here
-        """Called after every optimizer step that this state took part in; may write constants of the state, in place."""
+    def penalty(self, p: Any) -> Tensor | None:
+        """A number that is to be small besides the loss, a function of the state; None: nothing. Its gradient is added to those of
+        the trained tensors before every optimizer step, and before :meth:`before_step`; for a shared tensor once."""
+        return None
+
+    def after_step(self, p: Any, lr: float) -> None:  # most methods have nothing to do here
+        """Called after every optimizer step that this state took part in; may write tensors of the state, in place. ``lr`` is the
+        learning rate that the optimizer has for the state's first trained tensor."""
 
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""
@@ -206,6 +220,16 @@ class Method(ABC):
         """The method as it was at a site, from the edit that it made there."""
         return self
 
+    def own(self, edit: Edit, site: Site) -> dict[str, Tensor]:
+        """The tensors of an edit, by their names in it, where it is of the kind, the facts and the shapes that this method makes
+        at the site. For :meth:`restore`. Raises IntarsiaError elsewhere."""
+        fresh = self.edit(SimpleNamespace(shape=site.shape, **self.init(site, Start.at(site.name, 0))))
+        if (edit.kind, edit.facts(), _shapes(edit)) != (fresh.kind, fresh.facts(), _shapes(fresh)):
+            raise IntarsiaError(
+                f"{site.name}: the file has a {edit.kind} edit that its own config does not make: {self}"
+            )
+        return edit.tensors()
+
     def sits_at(self) -> frozenset[str]:
         """The kinds of layers where it can sit as it is set: norms of inputs, and roles, are known for linear layers only."""
         return (
@@ -218,22 +242,10 @@ class Method(ABC):
         """The share of the support that moves after an optimizer step: number ``step`` of ``steps``, the first is 1."""
         return 0.0
 
+    def wants_callback(self) -> bool:
+        """Whether something is to be called between steps, besides the hooks that every optimizer calls by itself."""
+        return any(self.moves(step, 1000) for step in range(1, 1001))
+
     def grows_by(self) -> str:
         """The scorer by which a support that moves grows."""
         return "gradient"
-
-    def config(self) -> dict[str, Any]:
-        """Name and fields as plain JSON values; ``registry.build`` makes an equal method of it."""
-        return {"name": self.name} | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-    def require(self, holds: bool, field: str, expected: str) -> None:
-        """For ``__post_init__``: one readable error for a field out of its range."""
-        if not holds:
-            raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")
-
-
-def _plain(value: Any) -> Any:
-    """A field's value as JSON gives it back: a tuple is a list there."""
-    if isinstance(value, Method):
-        return value.config()
-    return list(value) if isinstance(value, tuple) else value

@@ -21,13 +21,16 @@ from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Prog
 from intarsia.edits import SITS_AT, Seen
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
-from intarsia.operators import PLAIN, STACK, Operator, operator_of
+from intarsia.operators import PLAIN, STACK
 from intarsia.site import (
     ALL_LINEAR,
     Site,
     adaptable_layers,
+    editable,
     find_sites,
     layer_at,
+    layer_of,
+    operator_at,
     partners,
     site_at,
     unfit,
@@ -539,7 +542,11 @@ def export(
     check_unoccupied(model)  # or it would be said to belong to a base that nobody has
     name = _only(model) if name is None else name
     attached = record(model).adapters.get(name)
-    edits = {weight_name(model, site): state.method.edit(state.raw()) for site, state in states(model, name).items()}
+    edits = {}
+    for site, state in states(model, name).items():
+        edits[weight_name(model, site)] = state.method.edit(state.raw())
+        if chain.bias(layer_at(model, site)) is not None and (edit := state.method.bias_edit(state.raw())) is not None:
+            edits[f"{site}.bias"] = edit
     assert attached is not None
     about: dict[str, Any] = {
         "targets": list(attached.targets),
@@ -555,10 +562,7 @@ def export(
 def base_of(model: nn.Module, weights: Iterable[str]) -> tuple[store.Base, dict[str, Any]]:
     """What an adapter's file says of its base and of how the weights, named as in the model, are stored there."""
     weights = list(weights)
-    named = {weight_name(model, name): layer for name, layer in adaptable_layers(model).items()}
-    layouts = {
-        weight: operator.layout for weight in weights if isinstance(operator := operator_of(named[weight]), Operator)
-    }
+    layouts = {weight: operator_at(model, weight).layout for weight in weights}
     otherwise = {weight: layout for weight, layout in layouts.items() if layout != PLAIN}
     base = store.Base(digest(model), _dtype(model, weights), _source(model))
     return base, {"layouts": otherwise} if otherwise else {}
@@ -656,8 +660,7 @@ def check_fits(
     """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model.
 
     ``otherwise``: what to do about another base, besides loading that one."""
-    names = {weight_name(model, name): name for name in adaptable_layers(model)}
-    weights = {weight: operator_of(layer_at(model, name)) for weight, name in names.items()}
+    weights = editable(model)
     layouts = adapter.about.get("layouts", {})
     faults = []
     for name, edit in adapter.outlines.items():
@@ -666,7 +669,7 @@ def check_fits(
             faults.append(f"{name}: the model has no such weight that can be adapted; {nearest(name, weights)}")
         elif isinstance(operator, str):
             faults.append(f"{name}: {operator}")
-        elif (found := site_at(model, name.removesuffix(".weight")).shape) != tuple(edit.shape):
+        elif (found := _shape_at(model, name)) != tuple(edit.shape):
             faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
         elif edit.inserts() and operator.kind not in SITS_AT:
             faults.append(
@@ -677,7 +680,7 @@ def check_fits(
     if not adapter.edits:
         faults.append("it edits nothing")
     if not faults:
-        faults = unfit(model, [names[weight] for weight in adapter.edits])
+        faults = unfit(model, dict.fromkeys(map(layer_of, adapter.edits)))
     if faults:
         more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
         raise IntarsiaError(f"{where} does not fit this model:\n  " + "\n  ".join(faults[:8] + more))
@@ -693,6 +696,12 @@ def check_fits(
             f"{where} belongs to another base ({why}): made on {adapter.base.source or 'a model'} with digest "
             f"{adapter.base.digest[:12]}, this model has {base_digest[:12]}. Load that base{so}, or {otherwise}"
         )
+
+
+def _shape_at(model: nn.Module, parameter: str) -> tuple[int, int]:
+    """(O, I) of a weight, (O, 1) of a bias; without unpacking anything."""
+    site = site_at(model, layer_of(parameter))
+    return (site.shape[0], 1) if parameter.endswith(".bias") else site.shape
 
 
 # ------------------------------------------------------------------ who may write the weights

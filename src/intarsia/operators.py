@@ -13,6 +13,7 @@ a few functions a kind, so that nothing else asks what kind a layer is:
     |             | an embedding's weight       |                  |                      | the other way round         |
     | stack       | a bare parameter (E, O, I)  | (E, O, I)        | (E O, I)             | the module's own affair     |
     |             | or (E, I, O), as of experts | (E, I, O)        | (O, E I)             | the module's own affair     |
+    | bias        | the bias of any of these    | (O,)             | (O, 1)               | its layer's                 |
 
 The matrix is a view: writing into it writes the stored weight.
 """
@@ -274,7 +275,29 @@ class _Addmm(Linear):
 
 
 @dataclass(frozen=True)
-class Stack(Operator):
+class Written(Operator):
+    """What is only ever set into: no forward of ours computes with it."""
+
+    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+        raise AssertionError("its module computes with it, not we")
+
+    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        raise AssertionError("its module computes with it, not we")
+
+    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> None:
+        raise AssertionError("its module computes with it, not we")
+
+    def bias_gradient(self, gy: Tensor) -> Tensor:
+        raise AssertionError("a parameter has no bias")
+
+    def support_gradient(
+        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
+    ) -> Tensor:
+        return granularity.gather(self.matrix(gy), index)  # gy is the dense gradient of the parameter
+
+
+@dataclass(frozen=True)
+class Stack(Written):
     """A parameter of E matrices that a module reads itself. It is seen as one matrix, and only setting in can train it."""
 
     kind = STACK
@@ -287,22 +310,18 @@ class Stack(Operator):
         flat = weight.flatten(0, 1)
         return flat.mT if self.transposed else flat
 
-    def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-        raise AssertionError("the module computes with it, not we")
 
-    def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        raise AssertionError("the module computes with it, not we")
+@dataclass(frozen=True)
+class Bias(Written):
+    """A layer's bias (O,), seen as a matrix of one column, so that an edit of it is an edit like any other. Methods sit at weights."""
 
-    def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> None:
-        raise AssertionError("the module computes with it, not we")
+    kind = "bias"
 
-    def bias_gradient(self, gy: Tensor) -> Tensor:
-        raise AssertionError("a parameter has no bias")
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight[:, None]
 
-    def support_gradient(
-        self, gy: Tensor, kept: Tensor, granularity: Granularity, index: Tensor, plan: Plan, shape: tuple[int, int]
-    ) -> Tensor:
-        return granularity.gather(self.matrix(gy), index)  # gy is the dense gradient of the parameter
+
+BIAS = Bias()
 
 
 class Bare(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from intarsia import processes
 from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
-from intarsia.operators import ADAPTABLE, LINEAR, Bare, Embedding, Linear, Operator, Tied, operator_of
+from intarsia.operators import ADAPTABLE, BIAS, LINEAR, Bare, Embedding, Linear, Operator, Tied, operator_of
 from intarsia.role import Role
 
 ALL_LINEAR = "all-linear"
@@ -92,6 +92,39 @@ def layer_at(model: nn.Module, name: str) -> Any:
 def weight_name(model: nn.Module, name: str) -> str:
     """The name of a site's weight in the model: ``<layer>.weight``, or the parameter's own."""
     return name if isinstance(layer_at(model, name), Bare) else f"{name}.weight"
+
+
+def layer_of(parameter: str) -> str:
+    """The layer whose weight or bias, named as in the model, this is."""
+    return parameter.removesuffix(".weight").removesuffix(".bias")
+
+
+def editable(model: nn.Module) -> dict[str, Operator | str]:
+    """Everything that an edit may change, by its name in the model, and what is done with it, or why it cannot be changed: the
+    weights that can be adapted, and the biases of their layers."""
+    found: dict[str, Operator | str] = {}
+    for name, layer in adaptable_layers(model).items():
+        operator = operator_of(layer)
+        assert operator is not None
+        found[weight_name(model, name)] = operator
+        if getattr(layer, "bias", None) is not None and not isinstance(operator, str):
+            found[f"{name}.bias"] = BIAS
+    return found
+
+
+def operator_at(model: nn.Module, parameter: str) -> Operator:
+    """What is done with a weight or a bias, named as in the model, that can be edited."""
+    operator = operator_of(layer_at(model, layer_of(parameter)))
+    assert isinstance(operator, Operator)
+    return BIAS if parameter.endswith(".bias") else operator
+
+
+def matrix_at(model: nn.Module, parameter: str) -> Tensor:
+    """A weight or a bias, named as in the model, as its edits know it: (O, I), a view; of a packed weight the numbers that it
+    stands for."""
+    if parameter.endswith(".bias"):
+        return BIAS.matrix(model.get_parameter(parameter).detach())
+    return site_at(model, layer_of(parameter)).weight.detach()
 
 
 def site_at(model: nn.Module, name: str) -> Site:

@@ -16,12 +16,16 @@ import intarsia as ia
 from intarsia import store
 from intarsia.edits import (
     KINDS,
+    Blocks,
+    Combined,
     Dense,
     Edit,
     Kernel,
     Kronecker,
     LowRank,
     Rescaled,
+    Scaled,
+    Sequential,
     Sparse,
     Sum,
     add,
@@ -81,6 +85,10 @@ MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
     },
     "low_rank": lambda g: LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5),
     "kronecker": lambda g: Kronecker((O, I), _some(g, 3, 8), _some(g, 4, 2), -1.5),
+    "blocks": lambda g: Blocks((O, I), _some(g, 4, 3, 2), _some(g, 4, 2, 4), 0.5),
+    "combined": lambda g: Combined((O, I), _some(g, 5), _some(g, 7), 3, 11, -0.5),
+    "scaled": lambda g: Scaled((O, I), _some(g, 5, 3), _some(g, 3, O), 7, "dense", "peft", 0.5),
+    "summed": lambda g: Scaled((O, I), _some(g, 2, 6), _some(g, 6, O), 7, "sparse", "summed", 2.0),
     "dense": lambda g: Dense((O, I), _some(g, O, I)),
     "kernel": lambda g: Kernel((O, I), _some(g, 2, I, 3), _some(g, 2, O, 3), None, 150, "soft"),
     "full kernel": lambda g: Kernel((O, I), _some(g, 2, I, 3), _some(g, 2, O, 3), None, 0, "none", "linear", 2.0),
@@ -88,6 +96,7 @@ MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
         (O, I), (_sparse("line", 4, g), LowRank((O, I), _some(g, O, 1), _some(g, 1, I), 1.0)), (0.5, 2.0)
     ),
     "sparse sum": lambda g: Sum((O, I), (_sparse("tile", 2, g), _sparse("element", None, g)), (-1.0, 0.5)),
+    "sequential": lambda g: Sequential((O, I), _some(g, O, 2), _some(g, 2, O), -0.5),
     "rescaled": lambda g: Rescaled((O, I), _sparse("element", None, g), _some(g, O).abs() + 0.5),
 }
 

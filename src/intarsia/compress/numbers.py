@@ -1,7 +1,7 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
-Sparse and dense edits have their values, low-rank and Kronecker ones their factors as they are stored (so ComPEFT takes A and B), sums those
-of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
+Sparse and dense edits have their values, low-rank, block and Kronecker ones their factors as they are stored (so ComPEFT takes A and B),
+combined and scaled ones their coefficients and scales, sums those of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
 refused: its change is the small difference of two factors, which rounding them would drown.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import Blocks, Combined, Dense, Edit, Kronecker, LowRank, Rescaled, Scaled, Sparse, Sum, elements
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
@@ -31,7 +31,8 @@ def learned(edit: Edit) -> tuple[str, ...]:
     Raises:
         IntarsiaError: for a kind that cannot be compressed.
     """
-    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for sparse, dense, low-rank and Kronecker ones")
+    known = ", ".join(sorted(cls.__name__ for cls in learned.registry if cls is not object))
+    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for {known}")
 
 
 @learned.register(Sparse)
@@ -42,8 +43,19 @@ def _(edit: Sparse | Dense) -> tuple[str, ...]:
 
 @learned.register(LowRank)
 @learned.register(Kronecker)
-def _(edit: LowRank | Kronecker) -> tuple[str, ...]:
+@learned.register(Blocks)
+def _(edit: LowRank | Kronecker | Blocks) -> tuple[str, ...]:
     return ("A", "B")
+
+
+@learned.register
+def _(edit: Scaled) -> tuple[str, ...]:
+    return ("gamma", "lambda")
+
+
+@learned.register
+def _(edit: Combined) -> tuple[str, ...]:
+    return ("a", "c")
 
 
 @learned.register
@@ -161,4 +173,6 @@ def changes(edit: Edit) -> bool:
     """Whether the edit can change anything: a support that kept nothing, or a factor of zeros, does not."""
     if isinstance(edit, Rescaled | Sum):
         return True
+    if isinstance(edit, Combined):  # whose A is something without a coefficient, and whose B is not
+        return bool(edit.c.any())
     return all(bool(edit.tensors()[part].any()) for part in learned(edit))

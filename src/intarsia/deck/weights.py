@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from intarsia.bases import packing_of
 from intarsia.edits import memory
 from intarsia.errors import IntarsiaError
-from intarsia.operators import Operator, operator_of
-from intarsia.site import adaptable_layers, weight_name
+from intarsia.operators import Operator
+from intarsia.site import editable
 
 
 class Weights:
@@ -26,9 +26,7 @@ class Weights:
         for name, weight in model.named_parameters(remove_duplicate=False):
             owner, _, attribute = name.rpartition(".")
             self._owners[name] = (model.get_submodule(owner), attribute, weight)
-        self._operators = {
-            weight_name(model, name): operator_of(layer) for name, layer in adaptable_layers(model).items()
-        }
+        self._operators = editable(model)
         self._watched = {name: _Watched(*self._owners[name]) for name in self._operators}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from intarsia.edits.activated import Activated, Seen, is_tokens
 from intarsia.edits.algebra import add, overlap, positions, scale, to_dense
+from intarsia.edits.blocks import Blocks, diagonal
 from intarsia.edits.bottleneck import ACTIVATIONS, Bottleneck
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import (
@@ -21,12 +22,15 @@ from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, s
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
 from intarsia.edits.routed import GATES, Routed, Routing
+from intarsia.edits.seeded import BASES, ORDERS, Combined, Scaled, bases, combined_factors, scaled_factors
+from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 
 __all__ = [
-    "ACTIVATIONS", "GATES", "INSERTED", "KERNELS", "KINDS", "PLACES", "SITS_AT", "Activated", "Bottleneck", "Dense", "Edit",
-    "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Rescaled", "Routed", "Routing", "Runs", "Seen", "Sparse", "Sum",
-    "add", "build_edit", "check_finite", "columns", "elements", "gathered", "is_tokens", "memory", "merge", "overlap",
-    "place", "positions", "put", "put_row", "row_norms", "scale", "sizes", "sparsify", "summed", "to_dense",
-    "want_numbers", "want_tensors",
+    "ACTIVATIONS", "BASES", "GATES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "Activated", "Blocks",
+    "Bottleneck", "Combined", "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement",
+    "Rescaled", "Routed", "Routing", "Runs", "Scaled", "Seen", "Sequential", "Sparse", "Sum", "add", "bases", "build_edit",
+    "check_finite", "columns", "combined_factors", "diagonal", "elements", "gathered", "is_tokens", "memory", "merge",
+    "overlap", "place", "positions", "put", "put_row", "row_norms", "scale", "scaled_factors", "sizes", "sparsify", "summed",
+    "to_dense", "want_numbers", "want_tensors",
 ]  # fmt: skip

@@ -13,10 +13,13 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from intarsia.edits.blocks import Blocks
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
 from intarsia.edits.insert import Insert
 from intarsia.edits.kernel import Kernel
+from intarsia.edits.seeded import Combined, Scaled
+from intarsia.edits.sequential import Sequential
 from intarsia.edits.sum import Sum
 from intarsia.errors import IntarsiaError
 
@@ -54,8 +57,12 @@ def _(edit: Dense, factor: float) -> Edit:
 @_scale.register(LowRank)
 @_scale.register(Kronecker)
 @_scale.register(Kernel)
+@_scale.register(Sequential)
 @_scale.register(Insert)
-def _(edit: LowRank | Kronecker | Kernel | Insert, factor: float) -> Edit:
+@_scale.register(Blocks)
+@_scale.register(Combined)
+@_scale.register(Scaled)
+def _(edit: LowRank | Kronecker | Kernel | Sequential | Insert | Blocks | Combined | Scaled, factor: float) -> Edit:
     return replace(edit, scale=factor * edit.scale)
 
 

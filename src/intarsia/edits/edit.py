@@ -62,6 +62,10 @@ class Edit(ABC):
         """Sparse edits that together make the same change, where it is sparse; None where it reaches every entry."""
         return None
 
+    def low_rank(self) -> LowRank | None:
+        """The same change as two thin factors, where it has them; None where it has none."""
+        return None
+
     @property
     def needs_weight(self) -> bool:
         """Whether what the edit adds depends on the weight that it is set into."""
@@ -209,6 +213,9 @@ class LowRank(Edit):
 
     def delta(self, W: Tensor) -> Tensor:
         return self.scale * (self.B.to(W.dtype) @ self.A.to(W.dtype))
+
+    def low_rank(self) -> LowRank:
+        return self
 
     @property
     def touched(self) -> int:

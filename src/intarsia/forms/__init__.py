@@ -4,7 +4,8 @@ from intarsia.forms.carry import carried, carry
 from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
 from intarsia.forms.coupled import Coupled
-from intarsia.forms.delta import Delta
+from intarsia.forms.delta import Delta, Remade
+from intarsia.forms.factored import Factored
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
@@ -21,12 +22,14 @@ __all__ = [
     "Competing",
     "Coupled",
     "Delta",
+    "Factored",
     "Insert",
     "Joint",
     "Kernel",
     "Mixture",
     "Pair",
     "Part",
+    "Remade",
     "Rescale",
     "Sparse",
     "Split",

@@ -1,6 +1,7 @@
 """An edit in another one's terms: what other formats can hold is low rank, or single elements.
 
-A class that is not in the table has no low-rank view, and sparse is what says so of itself. A text says why there is none.
+Low rank and sparse are what say so of themselves (``low_rank``, ``sparse_parts``); the table has those that are it in another way. A
+text says why there is none.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ View = LowRank | Sparse
 
 def as_low_rank(edit: Edit) -> LowRank | str:
     """The same change as B A, exactly; or why it is none."""
-    found = LOW_RANK.get(type(edit), lambda edit: f"{edit.kind} edits are not of low rank")(edit)
-    return found
+    return LOW_RANK.get(type(edit), _factors)(edit)
 
 
 def as_elements(edit: Edit) -> Sparse | str:
@@ -36,6 +36,11 @@ def as_elements(edit: Edit) -> Sparse | str:
 
 
 # ------------------------------------------------------------------ as low rank
+def _factors(edit: Edit) -> LowRank | str:
+    found = edit.low_rank()
+    return f"{edit.kind} edits are not of low rank" if found is None else found
+
+
 def _slices(edit: Sparse) -> LowRank | str:
     unit = edit.granularity
     if not isinstance(unit, Row | Column):
@@ -75,7 +80,6 @@ def without_scale(edit: LowRank) -> LowRank:
 
 
 LOW_RANK: dict[type[Edit], Callable[[Any], LowRank | str]] = {
-    LowRank: lambda edit: edit,
     Sparse: _slices,
     Sum: _beside,
 }

@@ -3,9 +3,13 @@
 from intarsia.methods.alora import Alora
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
+from intarsia.methods.hydra_par_seq import Hydra
 from intarsia.methods.lora import Lora
+from intarsia.methods.melora import Melora
 from intarsia.methods.mosa import Mosa
+from intarsia.methods.nola import Nola
 from intarsia.methods.paca import Paca
+from intarsia.methods.randlora import Randlora
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
@@ -16,18 +20,6 @@ from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Alora",
-    "Bottleneck",
-    "Dora",
-    "Lora",
-    "Mosa",
-    "Paca",
-    "Rosa",
-    "S2ft",
-    "Shira",
-    "Smora",
-    "Smt",
-    "Snell",
-    "Snella",
-    "Tokens",
-]
+    "Alora", "Bottleneck", "Dora", "Hydra", "Lora", "Melora", "Mosa", "Nola", "Paca", "Randlora", "Rosa", "S2ft", "Shira",
+    "Smora", "Smt", "Snell", "Snella", "Tokens",
+]  # fmt: skip

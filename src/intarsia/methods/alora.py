@@ -32,7 +32,7 @@ class Alora(Insert):
 
     name, title, paper = "alora", "Activated LoRA", "arXiv:2504.12397"
     formula, trained = "y'_t = y_t + s B A x_t from the invocation on", "r (O + I)"
-    role = "serving"
+    role, cost = "serving", "r (O + I)"
     default_lr = 4e-3
     small = ({"rank": 2, "invocation": [3]}, {"rank": 3, "alpha": 4.0, "invocation": [5, 6], "start_offset": 1})
     place, watches = "parallel", True

@@ -22,7 +22,7 @@ from torch import nn
 
 from intarsia.edits import GATES, Routed
 from intarsia.forms import Mixture
-from intarsia.method import option
+from intarsia.method import as_parameters, option
 from intarsia.registry import register
 
 
@@ -37,7 +37,7 @@ class Smora(Mixture):
 
     name, title, paper = "smora", "SMoRA", "arXiv:2501.15103"
     formula, trained = "y' = y + s B (g * A x), g: k of r by W_g x + b", "r (O + 2 I)"
-    role = "mixture"
+    role, cost = "mixture", "r (O + 2 I)"
     default_lr = 4e-3
     small = ({"rank": 4, "active": 2}, {"rank": 3, "active": 1, "alpha": 3.0, "gate": "sigmoid"})
 
@@ -61,10 +61,13 @@ class Smora(Mixture):
         for matrix in (A, router):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
         state = {"A": A, "B": torch.zeros(O, self.rank), "router": router, "b": torch.zeros(self.rank)}
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
-        state = {name: tensor.to(site.weight.device, wide) for name, tensor in state.items()}
-        frozen = {"router"} if self.gate == "binary" else set()
-        return {name: tensor if name in frozen else nn.Parameter(tensor) for name, tensor in state.items()}
+        return self.taught(as_parameters(site, state))
+
+    def restore(self, edit, site):
+        return self.taught(super().restore(edit, site))
+
+    def taught(self, state):
+        return state | {"router": state["router"].detach()} if self.gate == "binary" else state
 
     def inserted(self, p):
         return Routed(p.A, p.B, p.router, p.b, self.active, self.gate)
