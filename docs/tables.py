@@ -19,6 +19,7 @@ from intarsia.edits import (
     Blocks,
     Bottleneck,
     Combined,
+    Core,
     Dense,
     Edit,
     Insert,
@@ -108,6 +109,9 @@ def samples() -> dict[str, Edit]:
     found["sum of rows and low_rank, weighted"] = Sum(shape, (found["rows"], low_rank), (0.5, 2.0))
     kernel = partial(Kernel, shape, torch.linspace(-1, 1, 128).view(2, 64, 1), torch.ones(2, 64, 1), None, rule="soft")
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
+    factors = {"A": torch.ones(1, 64), "B": torch.ones(64, 1)}
+    found["core"] = Core(shape, factors | {"C": torch.ones(1, 1)}, {}, 1.0)
+    found["core with a start"] = Core(shape, factors, {"B": torch.zeros(64, 1)}, 1.0)
     found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)

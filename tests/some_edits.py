@@ -9,6 +9,7 @@ from intarsia import store
 from intarsia.edits import (
     Blocks,
     Combined,
+    Core,
     Dense,
     Edit,
     Kronecker,
@@ -50,6 +51,7 @@ def every_kind() -> dict[str, Edit]:
         "elements": small,
         "columns": Sparse((12, 10), Column(), torch.tensor([1, 4]), normal(12, 2)),
         "low_rank": low,
+        "core": Core((12, 10), {"A": normal(3, 10), "B": normal(12, 3), "C": normal(3, 3)}, {}, 0.5),
         "dense": Dense((12, 10), normal(12, 10)),
         "kronecker": Kronecker((12, 10), normal(3, 2), normal(4, 5), 0.5),
         "blocks": Blocks((12, 10), normal(2, 6, 3), normal(2, 3, 5), 0.5),

@@ -225,6 +225,15 @@ def test_the_edit_of_the_guide_is_an_edit(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert torch.equal(weight.detach(), before)
 
 
+def test_the_initialiser_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-an-initialiser.md"
+    start, use = blocks(page, "python")
+    (tmp_path / "olora.py").write_text(start, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "olora", raising=False)
+    run(use, {}, page)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_configs_in_the_docs_are_valid(page: Path, tmp_path: Path) -> None:
     for number, block in enumerate(blocks(page, "yaml")):

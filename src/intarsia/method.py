@@ -48,6 +48,7 @@ class Start:
 
     Attributes:
         key: 63 random bits that depend on the seed and on the site's name, and on nothing else.
+        common: as many that depend on the seed and on the weight's shape: alike wherever tensors are shared.
         gradient: (O, I) float32 or wider, the loss gradient of the base summed over the calibration data.
         fisher: (O, I), the squares of the batches' gradients, summed.
         inputs: (I,), the norm of each input of the layer over all tokens of the calibration data.
@@ -62,6 +63,7 @@ class Start:
     """
 
     key: int
+    common: int = 0
     gradient: Tensor | None = None
     fisher: Tensor | None = None
     inputs: Tensor | None = None
@@ -149,7 +151,7 @@ class Method(Named, ABC):
 
     @abstractmethod
     def trained_count(self, shape: tuple[int, int]) -> int:
-        """Trained numbers at a weight of this (O, I)."""
+        """Trained numbers at a weight of this (O, I), without those that it shares."""
 
     def stays_wide(self) -> frozenset[str]:
         """Tensors of the state that ``p`` keeps as they are stored, because x's dtype would lose what was trained."""
@@ -162,6 +164,14 @@ class Method(Named, ABC):
     def invoked_by(self) -> tuple[int, ...]:
         """Tokens that a row must have, one behind the other, for the method to do anything there; none: it acts in every row."""
         return ()
+
+    def shares(self) -> frozenset[str]:
+        """Trained tensors that are one for all sites of a shape. :meth:`init` makes them alike there, of ``start.common``."""
+        return frozenset()
+
+    def shared_count(self, shape: tuple[int, int]) -> int:
+        """Trained numbers of the tensors that :meth:`shares` names, once for all weights of this (O, I)."""
+        return 0
 
     def plan(self, p: Any) -> tuple[Tensor, ...]:
         """Constants that follow from the state and are not saved with it; made once, met again as ``p.plan``."""

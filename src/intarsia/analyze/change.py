@@ -36,7 +36,7 @@ def change_norm(edit: Edit, weight: Tensor | None = None) -> float:
     """
     if isinstance(edit, Sparse):
         return float(edit.values.double().norm())
-    if edit.low_rank() is not None:
+    if (low := edit.low_rank()) is not None and low.A.shape[0] < min(edit.shape):
         return float(spectrum(edit).double().norm())
     return float(change_of(edit, weight).double().norm())
 

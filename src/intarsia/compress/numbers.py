@@ -1,8 +1,9 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
 Sparse and dense edits have their values, low-rank, block and Kronecker ones their factors as they are stored (so ComPEFT takes A and B),
-combined and scaled ones their coefficients and scales, sums those of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
-refused: its change is the small difference of two factors, which rounding them would drown.
+combined and scaled ones their coefficients and scales, sums those of their parts, rescaled ones those of the inner edit: the lengths
+multiply whole rows and stay as they are. A kernel edit, and a core edit with a start, are refused: their change is a small difference of
+factors, which rounding them would drown.
 """
 
 from __future__ import annotations
@@ -15,7 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Blocks, Combined, Dense, Edit, Kronecker, LowRank, Rescaled, Scaled, Sparse, Sum, elements
+from intarsia.edits import (
+    Blocks,
+    Combined,
+    Core,
+    Dense,
+    Edit,
+    Kronecker,
+    LowRank,
+    Rescaled,
+    Scaled,
+    Sparse,
+    Sum,
+    elements,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
@@ -56,6 +70,15 @@ def _(edit: Scaled) -> tuple[str, ...]:
 @learned.register
 def _(edit: Combined) -> tuple[str, ...]:
     return ("a", "c")
+
+
+@learned.register
+def _(edit: Core) -> tuple[str, ...]:
+    if edit.start:
+        raise IntarsiaError(
+            "core edits that have a start cannot be compressed: their change is the small difference from it; make them a low rank first"
+        )
+    return tuple(edit.now)
 
 
 @learned.register

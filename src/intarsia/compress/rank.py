@@ -76,7 +76,8 @@ def balanced(adapter: Adapter) -> Adapter:
     A LoRA's A keeps much of the random numbers that it started from, and its B is small beside them: the largest numbers of
     both together are then mostly A's, which say nothing alone. Exact but for rounding; edits of other kinds stay as they are.
     """
-    edits = {weight: _balanced(edit) if isinstance(edit, LowRank) else edit for weight, edit in adapter.edits.items()}
+    low = {weight: edit.low_rank() for weight, edit in adapter.edits.items()}
+    edits = {weight: edit if (its := low[weight]) is None else _balanced(its) for weight, edit in adapter.edits.items()}
     return with_step(replace(adapter, edits=edits, codes={}), {"to": "balanced"}, adapter)
 
 

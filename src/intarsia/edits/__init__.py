@@ -4,6 +4,7 @@ from intarsia.edits.activated import Activated, Seen, is_tokens
 from intarsia.edits.algebra import add, overlap, positions, scale, to_dense
 from intarsia.edits.blocks import Blocks, diagonal
 from intarsia.edits.bottleneck import ACTIVATIONS, Bottleneck
+from intarsia.edits.core import Core, thin, times
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import (
     KINDS,
@@ -14,9 +15,11 @@ from intarsia.edits.edit import (
     build_edit,
     columns,
     elements,
+    joined,
     row_norms,
     want_numbers,
     want_tensors,
+    without_scale,
 )
 from intarsia.edits.insert import INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
@@ -28,9 +31,9 @@ from intarsia.edits.sum import Sum
 
 __all__ = [
     "ACTIVATIONS", "BASES", "GATES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "Activated", "Blocks",
-    "Bottleneck", "Combined", "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement",
+    "Bottleneck", "Combined", "Core", "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement",
     "Rescaled", "Routed", "Routing", "Runs", "Scaled", "Seen", "Sequential", "Sparse", "Sum", "add", "bases", "build_edit",
-    "check_finite", "columns", "combined_factors", "diagonal", "elements", "gathered", "is_tokens", "memory", "merge",
-    "overlap", "place", "positions", "put", "put_row", "row_norms", "scale", "scaled_factors", "sizes", "sparsify", "summed",
-    "to_dense", "want_numbers", "want_tensors",
+    "check_finite", "columns", "combined_factors", "diagonal", "elements", "gathered", "is_tokens", "joined", "memory",
+    "merge", "overlap", "place", "positions", "put", "put_row", "row_norms", "scale", "scaled_factors", "sizes", "sparsify",
+    "summed", "thin", "times", "to_dense", "want_numbers", "want_tensors", "without_scale",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from intarsia.edits.blocks import Blocks
+from intarsia.edits.core import Core
 from intarsia.edits.dense import Dense, Kronecker
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
 from intarsia.edits.insert import Insert
@@ -55,6 +56,7 @@ def _(edit: Dense, factor: float) -> Edit:
 
 
 @_scale.register(LowRank)
+@_scale.register(Core)
 @_scale.register(Kronecker)
 @_scale.register(Kernel)
 @_scale.register(Sequential)
@@ -62,7 +64,9 @@ def _(edit: Dense, factor: float) -> Edit:
 @_scale.register(Blocks)
 @_scale.register(Combined)
 @_scale.register(Scaled)
-def _(edit: LowRank | Kronecker | Kernel | Sequential | Insert | Blocks | Combined | Scaled, factor: float) -> Edit:
+def _(
+    edit: LowRank | Core | Kronecker | Kernel | Sequential | Insert | Blocks | Combined | Scaled, factor: float
+) -> Edit:
     return replace(edit, scale=factor * edit.scale)
 
 
@@ -91,10 +95,12 @@ def add(*edits: Edit) -> Edit:
         return edits[0]
     parts = [part for edit in edits for part in _parts(edit)]
     sparse = [part.sparse_parts() for part in parts]
-    low = [part for part in parts if isinstance(part, LowRank)]
+    low = [one for part in parts if (one := part.low_rank()) is not None]
     dense = [part for part in parts if isinstance(part, Dense)]
     rest = [
-        part for part, its in zip(parts, sparse, strict=True) if its is None and not isinstance(part, LowRank | Dense)
+        part
+        for part, its in zip(parts, sparse, strict=True)
+        if its is None and part.low_rank() is None and not isinstance(part, Dense)
     ]
     thin = [part for its in sparse for part in its or ()]
     together = [_union(thin)] if thin else []

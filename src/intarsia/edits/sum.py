@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from intarsia.edits.edit import KINDS, Edit, Sparse, build_edit
+from intarsia.edits.edit import KINDS, Edit, LowRank, Sparse, build_edit, joined
 from intarsia.edits.insert import Insert
 from intarsia.errors import IntarsiaError
 from intarsia.support import Shape
@@ -73,6 +73,15 @@ class Sum(Edit):
                 return None
             found += [one if factor == 1 else replace(one, values=factor * one.values) for one in sparse]
         return found
+
+    def low_rank(self) -> LowRank | None:
+        found = [part.low_rank() for part in self.parts]
+        low = [
+            replace(one, scale=factor * one.scale)
+            for one, factor in zip(found, self.factors, strict=True)
+            if one is not None
+        ]
+        return joined(low) if len(low) == len(self.parts) else None
 
     def in_weight(self) -> Edit | None:
         if not self.inserts():

@@ -51,6 +51,24 @@ class Rescale(Method):
     def trained_count(self, shape: tuple[int, int]) -> int:
         return self.inside().trained_count(shape) + shape[0]
 
+    def carriers(self) -> frozenset[str]:
+        return self.inside().carriers()
+
+    def shares(self) -> frozenset[str]:
+        return self.inside().shares()
+
+    def shared_count(self, shape: tuple[int, int]) -> int:
+        return self.inside().shared_count(shape)
+
+    def penalty(self, p: Any) -> Tensor | None:
+        return self.inside().penalty(p)
+
+    def before_step(self, p: Any) -> None:
+        self.inside().before_step(p)
+
+    def after_step(self, p: Any, lr: float) -> None:
+        self.inside().after_step(p, lr)
+
     def init(self, site: Site, start: Start) -> dict[str, Tensor]:
         W = site.weight.detach()
         norms = row_norms(W.to(torch.promote_types(W.dtype, torch.float32)))

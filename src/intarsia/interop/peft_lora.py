@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from intarsia import store
 from intarsia.calibrate import Progress
-from intarsia.edits import Edit, LowRank, Rescaled, row_norms
+from intarsia.edits import Edit, LowRank, Rescaled, row_norms, without_scale
 from intarsia.errors import IntarsiaError
 from intarsia.interop import peft_alora
 from intarsia.interop.approximation import best, losses
@@ -39,7 +39,7 @@ from intarsia.interop.peft_folder import (
     wide,
     write_folder,
 )
-from intarsia.interop.views import as_low_rank, without_scale
+from intarsia.interop.views import as_low_rank
 from intarsia.operators import STACK, Convolution, Embedding, Operator, operator_of
 from intarsia.site import layer_at, partners, site_at, weight_name
 

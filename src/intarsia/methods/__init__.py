@@ -4,22 +4,27 @@ from intarsia.methods.alora import Alora
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.dora import Dora
 from intarsia.methods.hydra_par_seq import Hydra
+from intarsia.methods.loldu import Loldu
 from intarsia.methods.lora import Lora
+from intarsia.methods.lora_sb import LoraSb
 from intarsia.methods.melora import Melora
 from intarsia.methods.mosa import Mosa
+from intarsia.methods.nlora import Nlora
 from intarsia.methods.nola import Nola
 from intarsia.methods.paca import Paca
 from intarsia.methods.randlora import Randlora
 from intarsia.methods.rosa import Rosa
+from intarsia.methods.s2_lora import S2Lora
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
 from intarsia.methods.smora import Smora
 from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
+from intarsia.methods.svfit import Svfit
 from intarsia.methods.tokens import Tokens
 
 __all__ = [
-    "Alora", "Bottleneck", "Dora", "Hydra", "Lora", "Melora", "Mosa", "Nola", "Paca", "Randlora", "Rosa", "S2ft", "Shira",
-    "Smora", "Smt", "Snell", "Snella", "Tokens",
+    "Alora", "Bottleneck", "Dora", "Hydra", "Loldu", "Lora", "LoraSb", "Melora", "Mosa", "Nlora", "Nola", "Paca", "Randlora",
+    "Rosa", "S2Lora", "S2ft", "Shira", "Smora", "Smt", "Snell", "Snella", "Svfit", "Tokens",
 ]  # fmt: skip
