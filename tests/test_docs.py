@@ -20,6 +20,7 @@ from intarsia import allocators, edits, registry
 from intarsia.bench.grid import Grid, check_methods
 from intarsia.merge import load_recipe
 from intarsia.merge import rule as merging
+from intarsia.methods import Alora
 from intarsia.train.config import load_config, load_tree, validated
 from small import stir
 from toy import toy_model, toy_tokenizer
@@ -192,6 +193,42 @@ def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(edits.INSERTED, "gated bottleneck", None)  # gone again after the test
     spec.loader.exec_module(module)
     run(laws, {"Gated": module.Gated}, page)
+
+
+def test_the_mixture_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-mixture.md"
+    method, laws = blocks(page, "python")
+    file = tmp_path / "mixture_of_loras.py"
+    file.write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mixture_of_loras", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mixture_of_loras", module)
+    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    spec.loader.exec_module(module)
+    run(laws, {"MixtureOfLoras": module.MixtureOfLoras}, page)
+
+
+def test_the_bases_cache_serves_activated_adapters_as_the_page_says(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, model, alone = ROOT / "docs" / "activated.md", tiny_llama(), tiny_llama()
+    calls = {"check": torch.tensor([[7, 8, 30]]), "rewrite": torch.tensor([[9, 31]])}
+    for seed, (name, invocation) in enumerate((("check", (7, 8)), ("rewrite", (9,)))):
+        ia.attach(alone, Alora(invocation, rank=4), "*_proj", name=name, seed=seed)
+        stir(alone, name, seed, size=0.3)
+        ia.save(alone, f"out/{name}", name)
+    names: dict[str, Any] = {"model": model, "prompt": torch.arange(100, 130)[None], "calls": calls}
+    (block,) = blocks(page, "python")
+    run(block, names, page)
+    for name, call in calls.items():
+        ia.activate(alone, name)
+        whole = torch.cat([names["prompt"], call], dim=1)
+        expected = alone.generate(whole, max_new_tokens=8, do_sample=False)
+        assert torch.equal(names["answers"][name], expected)
+    assert names["cache"].get_seq_length() == 30
 
 
 def test_the_edit_of_the_guide_is_an_edit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ class Method(Named, ABC):
     reads_weights_below: ClassVar[bool] = False  # whether its forward asks for the weight of all that lies below
     starts_as_identity: ClassVar[bool] = True
     default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
+    watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward: p.seen
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # names of trained tensors (up, down) whose product acts: B, A
@@ -162,6 +163,10 @@ class Method(Named, ABC):
     def carriers(self) -> frozenset[str]:
         """Parameters of the state whose gradients are notes from the forward (``forms.carry``), which no optimizer moves."""
         return frozenset()
+
+    def invoked_by(self) -> tuple[int, ...]:
+        """Tokens that a row must have, one behind the other, for the method to do anything there; none: it acts in every row."""
+        return ()
 
     def shares(self) -> frozenset[str]:
         """Trained tensors that are one for all sites of a shape. :meth:`init` makes them alike there, of ``start.common``."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Progress, gather
-from intarsia.edits import SITS_AT
+from intarsia.edits import SITS_AT, Seen
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.operators import PLAIN, STACK
@@ -57,6 +57,7 @@ class _Record:
     required_grad: dict[str, bool]  # of the base's parameters, to be given back
     ddp_ignored: list[str] | None  # what DistributedDataParallel was to leave alone before
     active: tuple[str, ...] = ()  # in order; a layer knows only those that it has
+    seen: dict[str, Seen] = field(default_factory=dict)  # of adapters that ask for the model's tokens
     avoided: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by adapter and site; none of a loaded one
 
 
@@ -311,6 +312,11 @@ def _put_on(
         record(model).adapters[name] = attached
         if avoided is not None:
             record(model).avoided[name] = dict(avoided)
+        if attached.method.watches:
+            seen = record(model).seen[name] = Seen()
+            seen.watch(model)
+            for state in states.values():
+                state.seen = seen
         shared = {site: partners(model, site).items() for site in states}
         for site, state in states.items():
             with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
@@ -399,6 +405,8 @@ def _remove(model: nn.Module, name: str) -> None:
             chain.take_off(layer, name)
     del record(model).adapters[name]
     record(model).avoided.pop(name, None)
+    if name in record(model).seen:
+        record(model).seen.pop(name).leave(model)
     _tell_ddp(model)
     if not record(model).adapters:
         _give_back(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,6 +226,28 @@ def imported(what: str, name: str) -> Any:
         raise IntarsiaError(
             f"{what} {name!r}: {error}; expected {OUTSIDE!r}, importable from where this runs"
         ) from error
+    return found
+
+
+def with_tokens(config: Mapping[str, Any], tokens_of: Callable[[str], Sequence[int]]) -> dict[str, Any]:
+    """A method's config with texts turned into token numbers, in the fields that say so (``option(..., tokens=True)``).
+
+    Methods know no tokenizer; whoever has one calls this before :func:`build`.
+
+    Raises:
+        IntarsiaError: for a text that is no token at all.
+    """
+    found = dict(config)
+    for each in dataclasses.fields(find(config["name"])):  # type: ignore[arg-type]
+        text = config.get(each.name)
+        if isinstance(text, Mapping) and "name" in text:
+            found[each.name] = with_tokens(text, tokens_of)
+        elif isinstance(text, str) and each.metadata.get("tokens"):
+            found[each.name] = list(tokens_of(text))
+            if not found[each.name]:
+                raise IntarsiaError(
+                    f"{config['name']}: {each.name}={text!r} makes no token; give a text of one or more"
+                )
     return found
 
 

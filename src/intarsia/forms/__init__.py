@@ -13,6 +13,7 @@ from intarsia.forms.importance import Sensed, falling, smooth
 from intarsia.forms.insert import Insert
 from intarsia.forms.joint import Joint, Part
 from intarsia.forms.kernel import Kernel
+from intarsia.forms.mixture import Mixture
 from intarsia.forms.nested import Nested
 from intarsia.forms.paced import Paced
 from intarsia.forms.pair import Pair
@@ -37,6 +38,7 @@ __all__ = [
     "Insert",
     "Joint",
     "Kernel",
+    "Mixture",
     "Nested",
     "Paced",
     "Pair",

@@ -1,5 +1,6 @@
 """Importing this package registers every method of ours: one file, one method."""
 
+from intarsia.methods.alora import Alora
 from intarsia.methods.bone import Bone
 from intarsia.methods.bottleneck import Bottleneck
 from intarsia.methods.diffusekrona import DiffuseKronA
@@ -25,6 +26,7 @@ from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2_lora import S2Lora
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
+from intarsia.methods.smora import Smora
 from intarsia.methods.smt import Smt
 from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
@@ -34,7 +36,7 @@ from intarsia.methods.tokens import Tokens
 from intarsia.methods.wara import Wara
 
 __all__ = [
-    "Bone", "Bottleneck", "DiffuseKronA", "Dora", "Dylora", "Eora", "Eva", "Full", "Hut", "Hydra", "Increlora",
-    "Loldu", "Lora", "LoraSb", "Melora", "Mosa", "Nlora", "Nola", "Paca", "Qwha", "Randlora", "Rosa", "S2Lora",
-    "S2ft", "Shira", "Smt", "Snell", "Snella", "Sora", "Svfit", "Tokens", "Wara",
+    "Alora", "Bone", "Bottleneck", "DiffuseKronA", "Dora", "Dylora", "Eora", "Eva", "Full", "Hut", "Hydra",
+    "Increlora", "Loldu", "Lora", "LoraSb", "Melora", "Mosa", "Nlora", "Nola", "Paca", "Qwha", "Randlora", "Rosa",
+    "S2Lora", "S2ft", "Shira", "Smora", "Smt", "Snell", "Snella", "Sora", "Svfit", "Tokens", "Wara",
 ]  # fmt: skip
