@@ -16,17 +16,25 @@ import torch
 import intarsia as ia
 from intarsia.edits import (
     KINDS,
+    BlockAffine,
+    Blocks,
     Bottleneck,
+    Combined,
+    Core,
     Dense,
     Edit,
     Insert,
     Kernel,
     Kronecker,
     LowRank,
+    Multiplied,
     Rescaled,
+    Scaled,
     Sequential,
     Sparse,
     Sum,
+    Tiled,
+    Transformed,
 )
 from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
@@ -105,9 +113,19 @@ def samples() -> dict[str, Edit]:
     found["sum of rows and low_rank, weighted"] = Sum(shape, (found["rows"], low_rank), (0.5, 2.0))
     kernel = partial(Kernel, shape, torch.linspace(-1, 1, 128).view(2, 64, 1), torch.ones(2, 64, 1), None, rule="soft")
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
+    factors = {"A": torch.ones(1, 64), "B": torch.ones(64, 1)}
+    found["core"] = Core(shape, factors | {"C": torch.ones(1, 1)}, {}, 1.0)
+    found["core with a start"] = Core(shape, factors, {"B": torch.zeros(64, 1)}, 1.0)
     found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
+    found["blocks"] = Blocks(shape, torch.ones(4, 16, 2), torch.ones(4, 2, 16), 1.0)
+    found["combined"] = Combined(shape, torch.ones(3), torch.ones(3), 2, 0, 1.0)
+    found["scaled"] = Scaled(shape, torch.ones(32, 2), torch.ones(2, 64), 0, "dense", "paper", 1.0)
+    found["tiled"], found["block_affine"] = Tiled(shape, torch.ones(8, 64)), BlockAffine(shape, torch.ones(8, 8, 8))
+    found["multiplied by low_rank"] = Multiplied(shape, low_rank)
+    found["transformed low_rank"] = Transformed(shape, low_rank, (("haar", "haar"),))
+    found["transformed elements"] = Transformed(shape, found["elements"], (("identity", "hadamard"),))
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")
     found["sum of elements and insert"] = Sum(shape, (found["elements"], found["insert"]))
     if missing := KINDS.keys() - {edit.kind for edit in found.values()}:

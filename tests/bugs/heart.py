@@ -170,7 +170,7 @@ BUGS = [
     Mutation("ratio rounded before the difference", "forms/rescale.py", "(ratio - 1).to(y.dtype)", "(ratio.to(y.dtype) - 1)", "goldens"),
     Mutation("bias scaled with the rows", "forms/rescale.py", "product = y if b is None else y - spread(b.to(y.dtype))", "product = y", "goldens"),
     Mutation("rslora scaled as lora", "methods/lora.py", '"rslora": math.sqrt', '"rslora": lambda r: r', "goldens"),
-    Mutation("the global generator", "methods/lora.py", ", generator=start.generator()", "", "test_contract"),
+    Mutation("the global generator", "inits/usual.py", ", generator=start.generator()", "", "test_contract"),
     Mutation("one support for all layers", "method.py", 'f"{seed}:{site}"', 'f"{seed}"', "test_contract"),
     Mutation("another permutation", "support/permutation.py", "x = multiply(x, 0xC2B2AE35)", "x = multiply(x, 0xC2B2AE37)", "goldens"),
     Mutation("ties as they come", "support/choose.py", "return torch.cat([above, level]).sort().values", "return scores.topk(count).indices.sort().values", "goldens"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -16,13 +18,17 @@ def _theirs(**config) -> torch.nn.Module:
     return model
 
 
+def _layer(model: torch.nn.Module, site: str) -> Any:
+    return model.get_submodule(f"base_model.model.{site}")
+
+
 def test_pissa_is_peft_s():
     """The same product at the start, and the same output and gradients once the factors have moved alike."""
     model, other = small_net(), _theirs(r=3, lora_alpha=6, init_lora_weights="pissa")
     ia.attach(model, ia.Lora(3, 6.0, start="pissa"))
     x = some_input()
     for site in SITES:
-        mine, their = state_of(model, site), other.get_submodule(f"base_model.model.{site}")
+        mine, their = state_of(model, site), _layer(other, site)
         A, B = their.lora_A["default"].weight, their.lora_B["default"].weight
         torch.testing.assert_close(mine.B @ mine.A, B @ A, rtol=1e-4, atol=1e-6)
         # A singular vector's sign is nobody's: PEFT's factors go on from ours.
@@ -32,13 +38,13 @@ def test_pissa_is_peft_s():
     torch.testing.assert_close(other(x), small_net()(x), rtol=1e-4, atol=1e-5)
     stir(model)
     for site in SITES:
-        mine, their = state_of(model, site), other.get_submodule(f"base_model.model.{site}")
+        mine, their = state_of(model, site), _layer(other, site)
         with torch.no_grad():
             their.lora_A["default"].weight.copy_(mine.A), their.lora_B["default"].weight.copy_(mine.B)
     torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
     some_loss(model, x).backward(), some_loss(other, x).backward()
     for site in SITES:
-        mine, their = state_of(model, site), other.get_submodule(f"base_model.model.{site}")
+        mine, their = state_of(model, site), _layer(other, site)
         torch.testing.assert_close(mine.A.grad, their.lora_A["default"].weight.grad, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(mine.B.grad, their.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-6)
 

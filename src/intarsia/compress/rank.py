@@ -33,8 +33,9 @@ def to_low_rank(adapter: Adapter, rank: int, progress: Progress | None = None) -
     _check_free(adapter)
     edits: dict[str, Edit] = {}
     for done, (weight, edit) in enumerate(adapter.edits.items(), 1):
-        if isinstance(edit, LowRank) and edit.A.shape[0] <= rank:
-            edits[weight] = edit
+        low = edit.low_rank()
+        if low is not None and low.A.shape[0] <= rank:
+            edits[weight] = low
         else:
             B, A, _ = best(to_dense(edit), rank)
             edits[weight] = LowRank(edit.shape, B, A, 1.0)
@@ -98,7 +99,8 @@ def balanced(adapter: Adapter) -> Adapter:
     A LoRA's A keeps much of the random numbers that it started from, and its B is small beside them: the largest numbers of
     both together are then mostly A's, which say nothing alone. Exact but for rounding; edits of other kinds stay as they are.
     """
-    edits = {weight: _balanced(edit) if isinstance(edit, LowRank) else edit for weight, edit in adapter.edits.items()}
+    low = {weight: edit.low_rank() for weight, edit in adapter.edits.items()}
+    edits = {weight: edit if (its := low[weight]) is None else _balanced(its) for weight, edit in adapter.edits.items()}
     return with_step(replace(adapter, edits=edits, codes={}), {"to": "balanced"}, adapter)
 
 
@@ -134,9 +136,9 @@ def _square(edit: Edit) -> float:
     """||D||^2, in float64."""
     if isinstance(edit, Sparse):
         return float(edit.values.double().square().sum())
-    if isinstance(edit, LowRank):  # ||B A||^2 = tr((B^T B) (A A^T))
-        B, A = edit.B.double(), edit.A.double()
-        return max(0.0, edit.scale**2 * float(((B.mT @ B) * (A @ A.mT)).sum()))
+    if (low := edit.low_rank()) is not None:  # ||B A||^2 = tr((B^T B) (A A^T))
+        B, A = low.B.double(), low.A.double()
+        return max(0.0, low.scale**2 * float(((B.mT @ B) * (A @ A.mT)).sum()))
     return float(to_dense(edit, dtype=torch.float64).square().sum())
 
 

@@ -32,6 +32,10 @@ class Rescale(Method):
     def length(self, V: Tensor) -> Tensor:
         """||V|| by rows, as the backward pass is to see it. (O, I) -> (O,)."""
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
+        return self.inside().pairs
+
     def check(self, site: Site) -> str | None:
         return self.inside().check(site)
 
@@ -68,6 +72,12 @@ class Rescale(Method):
 
     def trained_count(self, shape: tuple[int, int]) -> int:
         return self.inside().trained_count(shape) + shape[0]
+
+    def shares(self) -> frozenset[str]:
+        return self.inside().shares()
+
+    def shared_count(self, shape: tuple[int, int]) -> int:
+        return self.inside().shared_count(shape)
 
     def init(self, site: Site, start: Start) -> dict[str, Tensor]:
         W = site.weight.detach()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from intarsia.errors import IntarsiaError, nearest
 
@@ -70,6 +70,9 @@ class FirstConfig(Section):
     lr: float = Field(default=5e-5, gt=0, description="highest learning rate of AdamW; it falls linearly")
 
 
+PLAIN_OPTIMIZERS = ("adamw", "adafactor", "sgd")  # that Trainer has
+
+
 class TrainConfig(Section):
     """How to train. Steps are optimizer steps."""
 
@@ -84,7 +87,10 @@ class TrainConfig(Section):
     warmup: float = Field(default=0.05, ge=0, description="share of the steps if below 1, otherwise steps")
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient to this norm; 0: do not")
-    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    optimizer: str | dict[str, Any] = Field(
+        default="adamw",
+        description="adamw, adafactor, sgd, or one of intarsia methods: its name, or a mapping of its name and fields",
+    )
     max_length: int = Field(default=512, ge=2, description="tokens a row; what goes beyond is cut off at the end")
     gradient_checkpointing: bool = Field(default=False, description="less memory for a third more time")
     shard: bool = Field(default=False, description="deal the base out over the processes of a launcher (FSDP2)")
@@ -107,6 +113,22 @@ class TrainConfig(Section):
     snapshots_from: float = Field(
         default=2 / 3, ge=0, lt=1, description="share of the run after which snapshots are taken, evenly up to its end"
     )
+
+    @field_validator("optimizer")
+    @classmethod
+    def _optimizer_is_known(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, dict) and not isinstance(value.get("name"), str):
+            raise ValueError("an optimizer needs a name: optimizer: {name: galore, rank: 8}")
+        if value in PLAIN_OPTIMIZERS:
+            return value
+        if isinstance(value, dict) and value["name"] in PLAIN_OPTIMIZERS:
+            if len(value) > 1:
+                raise ValueError(f"{value['name']} has no fields here; write optimizer: {value['name']}")
+            return str(value["name"])
+        from intarsia.optim import build  # here, because it imports torch
+
+        build(value, also=PLAIN_OPTIMIZERS)
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -149,6 +171,10 @@ class Config(Section):
     )
     load_in: Literal["nf4", "int8"] | None = Field(
         default=None, description="store the base's linear weights in fewer bits; the adapter then belongs to that base"
+    )
+    original: PathText | None = Field(
+        default=None,
+        description="the model before it was compressed, for methods that repair that (eora); with load_in: the model itself",
     )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     save: SaveConfig = Field(default_factory=SaveConfig)
@@ -261,6 +287,7 @@ SHORT = {
     "data": "train",
     "method": "name",
     "allocator": "name",
+    "optimizer": "name",
     "adapters": "adapter",  # each of a list
 }  # sections that may be written as one word, and what the word then is
 

@@ -40,13 +40,14 @@ from intarsia.errors import IntarsiaError
 from intarsia.evaluate import answer_loss, answer_sums
 from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state
 from intarsia.pretrained import Pretrained
+from intarsia.pretrained import load as load_pretrained
 from intarsia.ticket import lottery
 from intarsia.train import first as first_training
 from intarsia.train.allocation import Allocation
 from intarsia.train.config import Config
 from intarsia.train.data import Example, collator
 from intarsia.train.moving import MovingSupport
-from intarsia.train.plan import Plan, plan
+from intarsia.train.plan import Plan, original_name, plan
 from intarsia.train.plots import loss_curve
 from intarsia.train.progress import Log, Pace, Progress, clock
 from intarsia.train.shares import Shares, blank
@@ -434,6 +435,13 @@ class AdapterTrainer(Trainer):
         """Whether a snapshot is to be taken after this step."""
         return self.state.global_step in self.run.ready.snapshots
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        recipe, config = self.run.ready.optimizer, self.run.ready.config.train
+        if recipe is not None and getattr(self, "optimizer", None) is None:
+            self.optimizer = recipe.build(self.run.model, self.args.learning_rate, config.weight_decay)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         config = self.run.ready.config.train
         factor = functools.partial(schedule, steps=self.run.steps, warmup=config.warmup, kind=config.schedule)
@@ -514,7 +522,9 @@ def _arguments(run: _Run) -> TrainingArguments:
         learning_rate=run.ready.estimate.lr,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=OPTIMIZERS[config.optimizer],
+        optim=OPTIMIZERS[
+            config.optimizer if isinstance(config.optimizer, str) and not run.ready.optimizer else "adamw"
+        ],
         seed=run.ready.config.seed,
         data_seed=run.ready.config.seed,
         logging_steps=config.log_every,
@@ -579,7 +589,15 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
     given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "avoid": ready.avoid, "seed": config.seed}
     if "movement" not in ready.method.needs():
         data = calibration_batches(ready) if ready.method.needs() & GATHERED else None
-        attach(model, ready.method, config.targets, **given, data=data, progress=progress.work)
+        attach(
+            model,
+            ready.method,
+            config.targets,
+            **given,
+            data=data,
+            progress=progress.work,
+            original=_original(ready, progress),
+        )
     elif processes.count() > 1:
         raise IntarsiaError(
             f"{ready.method.name} by movement trains densely first, which works in one process only so far"
@@ -593,6 +611,14 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
             lottery(
                 model, ready.method, lambda m: first_training.train_densely(ready, m, progress), config.targets, **given
             )
+
+
+def _original(ready: Plan, progress: Progress) -> nn.Module | None:
+    """The model before it was compressed, where the method computes from it; gone again when the adapter is attached."""
+    name = original_name(ready.config)
+    if "original" not in ready.method.needs() or name is None:
+        return None
+    return load_pretrained(name, dtype=ready.config.dtype, progress=progress.say).model
 
 
 @contextlib.contextmanager
