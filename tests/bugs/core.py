@@ -22,7 +22,7 @@ BUGS = [
         "rounding takes a change with it", "edits/core.py",
         "return self if self.start else replace(", "return replace(", "edits/test_core",
     ),
-    Mutation("a core from the wrong side", "edits/core.py", "return B, C @ A", "return B, C.mT @ A", "edits/test_algebra"),
+    Mutation("a core from the wrong side", "edits/core.py", "return B, C @ A", "return B, C.mT @ A", "edits/test_core"),
     Mutation(
         "signs are lost where low ranks are joined", "edits/edit.py",
         "if part.scale == first else -part.B.to(dtype)", "if True else -part.B.to(dtype)", "edits/test_core",
