@@ -58,6 +58,8 @@ class Variant:
     formula: str
     paper: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    trained: str = ""  # where the fields change it
+    role: str = ""  # likewise
 
 
 _VARIANTS = {
@@ -71,8 +73,12 @@ _VARIANTS = {
             "arXiv:2110.07560",
             {"scorer": "movement", "budget": "model"},
         ),
-        Variant("inttune", "nlora", "IntTune", "W' = W + s B (N - N0) A", "arXiv:2502.14482", {"trains": "core"}),
-        Variant("pissa", "lora", "PiSSA", "W' = W + s (B A - B0 A0)", "arXiv:2404.02948", {"start": "pissa"}),
+        Variant(
+            "inttune", "nlora", "IntTune", "W' = W + s B (N - N0) A", "arXiv:2502.14482", {"trains": "core"}, "r^2"
+        ),
+        Variant(
+            "pissa", "lora", "PiSSA", "W' = W + s (B A - B0 A0)", "arXiv:2404.02948", {"start": "pissa"}, role="init"
+        ),
         Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),
         Variant("slora", "nlora", "SLoRA", "W' = W + s B N A", "arXiv:2502.14482", {"start": "slora"}),
         Variant(
