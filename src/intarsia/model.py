@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Progress, gather
-from intarsia.edits import SITS_AT
+from intarsia.edits import SITS_AT, Seen
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.operators import PLAIN, STACK
@@ -57,6 +57,7 @@ class _Record:
     required_grad: dict[str, bool]  # of the base's parameters, to be given back
     ddp_ignored: list[str] | None  # what DistributedDataParallel was to leave alone before
     active: tuple[str, ...] = ()  # in order; a layer knows only those that it has
+    seen: dict[str, Seen] = field(default_factory=dict)  # of adapters that ask for the model's tokens
     avoided: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by adapter and site; none of a loaded one
 
 
@@ -255,7 +256,8 @@ def _start(
 
     def use(name: str, found: Mapping[str, Any]) -> None:
         operator = sites[name].operator
-        found = {need: operator.matrix(t) if t.ndim > 1 and need not in ON_CPU else t for need, t in found.items()}
+        as_it_is = ON_CPU | {"observed"}
+        found = {n: t if n in as_it_is or t.ndim < 2 else operator.matrix(t) for n, t in found.items()}
         if originals:
             found["original"] = originals[name].to(sites[name].weight.device)
         if method.chooses_together():
@@ -266,8 +268,9 @@ def _start(
     with Mapped() as surveys:
         wanted = method.needs() & GATHERED
         if wanted and gathered is None:
+            observers = {name: method.observer(site) for name, site in sites.items()} if "observed" in wanted else None
             with differentiable({name: layer_at(model, name) for name in sites}) as weights:
-                gather(model, weights, wanted, data or (), use, loss, progress)
+                gather(model, weights, wanted, data or (), use, loss, progress, observers, method.confer)
         else:
             for name in sites:
                 use(name, gathered[name] if gathered else {})
@@ -309,6 +312,11 @@ def _put_on(
         record(model).adapters[name] = attached
         if avoided is not None:
             record(model).avoided[name] = dict(avoided)
+        if attached.method.watches:
+            seen = record(model).seen[name] = Seen()
+            seen.watch(model)
+            for state in states.values():
+                state.seen = seen
         shared = {site: partners(model, site).items() for site in states}
         for site, state in states.items():
             with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
@@ -397,6 +405,8 @@ def _remove(model: nn.Module, name: str) -> None:
             chain.take_off(layer, name)
     del record(model).adapters[name]
     record(model).avoided.pop(name, None)
+    if name in record(model).seen:
+        record(model).seen.pop(name).leave(model)
     _tell_ddp(model)
     if not record(model).adapters:
         _give_back(model)

@@ -193,8 +193,7 @@ def _hook(site: Site, edit: Edit | None, mask: Tensor, measured: dict[str, _Larg
 def _product(site: Site, edit: Edit, x: Tensor, W: Tensor) -> Tensor:
     """x dW^T. Two thin factors are never multiplied out."""
     edit = edit.to(x.device)
-    low = edit.low_rank()
-    if low is not None:
+    if (low := edit.low_rank()) is not None:
         return low.scale * site.operator.low_rank(x, low.B.to(x.dtype), low.A.to(x.dtype))
     return site.operator.product(x, edit.delta(W))
 

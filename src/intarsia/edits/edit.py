@@ -217,6 +217,9 @@ class LowRank(Edit):
     def low_rank(self) -> LowRank:
         return self
 
+    def times(self, x: Tensor) -> Tensor:
+        return self.scale * (x @ self.A.to(x.dtype).mT @ self.B.to(x.dtype).mT)
+
     @property
     def touched(self) -> int:
         return self.shape[0] * self.shape[1]
@@ -291,6 +294,19 @@ class Rescaled(Edit):
     @property
     def touched(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+def inner_edit(shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Edit:
+    """The edit that stands inside another one, additive and in the weight. Raises IntarsiaError where it is none of these."""
+    inner = facts.get("inner")
+    if not isinstance(inner, Mapping):
+        raise IntarsiaError(f"a {facts['type']} edit needs an inner edit; found {inner!r}")
+    edit = build_edit(inner.get("type"), shape, tensors, inner)
+    if edit.inserts() or edit.needs_weight:
+        raise IntarsiaError(
+            f"inside a {facts['type']} edit there is a {edit.kind} one; expected one that adds to any weight"
+        )
+    return edit
 
 
 def row_norms(V: Tensor) -> Tensor:
