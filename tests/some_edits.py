@@ -7,6 +7,7 @@ from torch import Tensor
 
 from intarsia import store
 from intarsia.edits import (
+    BlockAffine,
     Blocks,
     Combined,
     Core,
@@ -14,11 +15,14 @@ from intarsia.edits import (
     Edit,
     Kronecker,
     LowRank,
+    Multiplied,
     Rescaled,
     Scaled,
     Sequential,
     Sparse,
     Sum,
+    Tiled,
+    Transformed,
     elements,
 )
 from intarsia.support import Column
@@ -60,4 +64,10 @@ def every_kind() -> dict[str, Edit]:
         "sum": Sum((12, 10), (small, low), (1.0, 0.5)),
         "rescaled": Rescaled((12, 10), low, torch.ones(12)),
         "sequential": Sequential((12, 10), normal(12, 3), normal(3, 12, seed=1), 0.5),
+        "tiled": Tiled((12, 10), normal(3, 12)),
+        "block_affine": BlockAffine((12, 10), normal(6, 2, 2)),
+        "multiplied": Multiplied((12, 10), low),
+        "transformed": Transformed(
+            (12, 10), LowRank((6, 5), normal(6, 2), normal(2, 5), 0.5), (("haar-low", "haar-low"),)
+        ),
     }

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import intarsia as ia
-from intarsia import edits, registry
+from intarsia import allocators, edits, registry
 from intarsia.bench.grid import Grid, check_methods
 from intarsia.merge import load_recipe
 from intarsia.merge import rule as merging
@@ -152,6 +152,33 @@ def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     run(laws, {"LoraFa": module.LoraFa}, page)
 
 
+def test_the_allocators_of_the_guide_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    page = ROOT / "docs" / "add-an-allocator.md"
+    method, loop, allocator, turns = blocks(page, "python")
+    (tmp_path / "thinned.py").write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("thinned", tmp_path / "thinned.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "thinned", module)
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
+    monkeypatch.setattr(allocators.allocator.ALLOCATORS, "classes", allocators.known())
+    spec.loader.exec_module(module)
+    ids = torch.randint(0, 320, (2, 12))
+    names: dict[str, Any] = {"model": tiny_llama(), "batch": {"input_ids": ids, "labels": ids}, "__name__": "thinned"}
+    names |= {"ia": ia, "torch": torch, "Thinned": module.Thinned}
+    run(loop, names, page)
+    assert sum(names["dealt"].values()) == round(0.5 * 8 * len(names["dealt"]))
+    assert len(set(names["dealt"].values())) > 1
+    run(allocator, names, page)
+    run(turns, names, page)
+    layers = names["turns"].layers
+    assert names["chosen"] == (layers[3 % len(layers)],)
+    assert allocators.build({"name": "round", "width": 2}).width == 2  # type: ignore[attr-defined]
+
+
 def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-an-insert.md"
     method, laws = blocks(page, "python")
@@ -232,6 +259,28 @@ def test_the_initialiser_of_the_guide_passes_the_contract(monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "olora", raising=False)
     run(use, {}, page)
+
+
+def test_the_structured_delta_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-structured-delta.md"
+    method, laws, transformed = blocks(page, "python")
+    file = tmp_path / "circulant.py"
+    file.write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("circulant", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "circulant", module)
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
+    monkeypatch.setitem(edits.KINDS, "diagonals of a circle", None)  # gone again after the test
+    spec.loader.exec_module(module)
+    run(laws, {"Circulant": module.Circulant}, page)
+    names: dict[str, Any] = {"edits": edits}
+    run(transformed, names, page)
+    p = SimpleNamespace(shape=(6, 8), A=torch.randn(2, 8), B=torch.randn(6, 2))
+    change = names["structure"](None, p).delta(torch.zeros(6, 8))
+    torch.testing.assert_close(change.norm(), (p.B @ p.A).norm())
+    assert not torch.allclose(change, p.B @ p.A)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

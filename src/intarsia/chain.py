@@ -11,7 +11,7 @@ values: they are set into what every forward reads of it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -569,9 +569,8 @@ def as_base(layers: Sequence[Any], name: str) -> Iterator[None]:
             layer.active, layer.live = active, live
 
 
-def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> Iterator[tuple[State, float]]:
+def _stepping(rates: Mapping[int, Any], hook: str) -> Iterator[tuple[State, float]]:
     """The states that take part in a step and whose methods have this hook, each with its learning rate."""
-    rates = _rates(optimizer)
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
@@ -579,22 +578,22 @@ def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> Iterator[tuple[Sta
                 continue
             moved = [p for p in state.parameters() if id(p) in rates and p.grad is not None]
             if moved:
-                yield state, rates[id(moved[0])]
+                yield state, float(rates[id(moved[0])])
 
 
-def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """The learning rate of each parameter that an optimizer moves, by the parameter's id."""
-    return {id(p): float(group.get("lr", 0.0)) for group in optimizer.param_groups for p in group["params"]}
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+    """The learning rate of each parameter that an optimizer moves, a number or a tensor, by the parameter's id."""
+    return {id(p): group.get("lr", 0.0) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = _rates(optimizer)
     seen: set[int] = set()
-    for state, _lr in _stepping(optimizer, "penalty"):
+    for state, _lr in _stepping(stepped, "penalty"):
         _add_penalty(state, seen)
-    for state, _lr in _stepping(optimizer, "before_step"):
+    for state, _lr in _stepping(stepped, "before_step"):
         with torch.no_grad():
             state.method.before_step(state.raw())
-    stepped = _rates(optimizer)
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
@@ -619,10 +618,10 @@ def _add_penalty(state: State, seen: set[int]) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Some optimizers write through parameter.data, which no version counter sees.
-    for state, lr in _stepping(optimizer, "after_step"):
+    stepped = _rates(optimizer)
+    for state, lr in _stepping(stepped, "after_step"):
         with torch.no_grad():
             state.method.after_step(state.raw(), lr)
-    stepped = _rates(optimizer)
     layers: list[Any] = list(_ADAPTED)
     for layer in layers:
         if layer.live is None:

@@ -48,7 +48,7 @@ from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
 from intarsia.schedule import regrow
-from intarsia.site import Site
+from intarsia.site import Site, adaptable_layers
 
 Law = Callable[[Method], None]
 
@@ -166,8 +166,19 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _attach(model: nn.Module, method: Method, name: str = "default", seed: int = 0, **more: Any) -> None:
     dtype = next(p.dtype for p in model.parameters())
-    given: dict[str, Any] = {"data": [_input(dtype)], "loss": _loss} | more
+    given: dict[str, Any] = {"data": [_input(dtype)], "loss": _loss} | _original(model, method) | more
     models.attach(model, method, name=name, seed=seed, **given)
+
+
+def _original(model: nn.Module, method: Method) -> dict[str, Any]:
+    """What the base was before it was compressed, for a method that asks: its weights, and something besides."""
+    if "original" not in method.needs():
+        return {}
+    found = {}
+    for number, (name, layer) in enumerate(adaptable_layers(model).items()):
+        W = chain.base_weight(layer).detach()
+        found[name] = W + 0.1 * _input(W.dtype, tuple(W.shape), seed=number).to(W.device)
+    return {"original": found}
 
 
 def _stir(model: nn.Module, name: str = "default", seed: int = 0) -> None:
@@ -948,7 +959,7 @@ def _kinds() -> dict[str, Kind]:
 def _attach_to(model: nn.Module, method: Method, given: Callable[[torch.dtype], Tensor]) -> None:
     """Attach to the layer "up" of a net of any kind."""
     dtype = next(p.dtype for p in model.parameters())
-    models.attach(model, method, "up", data=[given(dtype)], loss=_loss)
+    models.attach(model, method, "up", data=[given(dtype)], loss=_loss, **_original(model, method))
 
 
 @law
@@ -1033,14 +1044,15 @@ def switches_and_stacks_with_any(method: Method) -> None:
         _attach(model, method, "mine")
         _stir(model, "mine")
         mine = model(x)
-        _attach(model, cls(**cls.small[0]), "other", seed=1)
+        another = cls(**cls.small[0])
+        _attach(model, another, "other", seed=1)
         _stir(model, "other", seed=1)
         other = model(x)
         for one, expected in (("mine", mine), ("other", other), (None, base), ("mine", mine)):
             models.activate(model, *([one] if one else []))
             _same(model(x), expected, f"output of {one or 'the base'} after switching, beside {name}")
         for names in (("mine", "other"), ("other", "mine")):
-            both: dict[str, Method | type[Method]] = {"mine": method, "other": cls}
+            both = {"mine": method, "other": another}
             low, high = (both[each] for each in names)
             what = f"{' then '.join(names)} stacked, other is {name}"
             if high.reads_weights_below and not low.mergeable:

@@ -256,7 +256,8 @@ def _start(
 
     def use(name: str, found: Mapping[str, Any]) -> None:
         operator = sites[name].operator
-        found = {need: operator.matrix(t) if t.ndim > 1 and need not in ON_CPU else t for need, t in found.items()}
+        as_it_is = ON_CPU | {"observed"}
+        found = {n: t if n in as_it_is or t.ndim < 2 else operator.matrix(t) for n, t in found.items()}
         if originals:
             found["original"] = originals[name].to(sites[name].weight.device)
         if method.chooses_together():
@@ -267,8 +268,9 @@ def _start(
     with Mapped() as surveys:
         wanted = method.needs() & GATHERED
         if wanted and gathered is None:
+            observers = {name: method.observer(site) for name, site in sites.items()} if "observed" in wanted else None
             with differentiable({name: layer_at(model, name) for name in sites}) as weights:
-                gather(model, weights, wanted, data or (), use, loss, progress)
+                gather(model, weights, wanted, data or (), use, loss, progress, observers, method.confer)
         else:
             for name in sites:
                 use(name, gathered[name] if gathered else {})

@@ -20,7 +20,15 @@ from intarsia.named import Catalogue, N, Named
 METHODS: Catalogue[Method] = Catalogue("method", "intarsia.methods")
 register = METHODS.register
 OUTSIDE = "package.module:function"  # how something of another package is named
-ROOMS = ("intarsia.analyze", "intarsia.compress", "intarsia.merge")  # that have systems which are no methods
+# That have systems which are no methods:
+ROOMS = (
+    "intarsia.allocators",
+    "intarsia.analyze",
+    "intarsia.compress",
+    "intarsia.merge",
+    "intarsia.optim",
+    "intarsia.shrink",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Variant:
     formula: str
     paper: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    trained: str = ""  # where the fields change it
+    role: str = ""  # likewise
 
 
 _VARIANTS = {
@@ -71,8 +81,14 @@ _VARIANTS = {
             "arXiv:2110.07560",
             {"scorer": "movement", "budget": "model"},
         ),
-        Variant("inttune", "nlora", "IntTune", "W' = W + s B (N - N0) A", "arXiv:2502.14482", {"trains": "core"}),
-        Variant("pissa", "lora", "PiSSA", "W' = W + s (B A - B0 A0)", "arXiv:2404.02948", {"start": "pissa"}),
+        Variant("bat", "bone", "BAT", "W' = W + W_pq B_p + B_p", "arXiv:2409.15371", {"variant": "bat"}),
+        Variant("miss", "bone", "MiSS", "W' = W + [D D ... D]^T", "arXiv:2409.15371"),
+        Variant(
+            "inttune", "nlora", "IntTune", "W' = W + s B (N - N0) A", "arXiv:2502.14482", {"trains": "core"}, "r^2"
+        ),
+        Variant(
+            "pissa", "lora", "PiSSA", "W' = W + s (B A - B0 A0)", "arXiv:2404.02948", {"start": "pissa"}, role="init"
+        ),
         Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),
         Variant("slora", "nlora", "SLoRA", "W' = W + s B N A", "arXiv:2502.14482", {"start": "slora"}),
         Variant(
@@ -110,6 +126,7 @@ _ASKED = {
     "magnitudes": "data",
     "gram": "data",
     "mean": "data",
+    "observed": "data",
     "movement": "first training",
     "original": "original",
 }

@@ -16,6 +16,7 @@ import intarsia as ia
 from intarsia import store
 from intarsia.edits import (
     KINDS,
+    BlockAffine,
     Blocks,
     Combined,
     Core,
@@ -24,11 +25,14 @@ from intarsia.edits import (
     Kernel,
     Kronecker,
     LowRank,
+    Multiplied,
     Rescaled,
     Scaled,
     Sequential,
     Sparse,
     Sum,
+    Tiled,
+    Transformed,
     add,
     build_edit,
     elements,
@@ -112,6 +116,16 @@ MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
     ),
     "sparse sum": lambda g: Sum((O, I), (_sparse("tile", 2, g), _sparse("element", None, g)), (-1.0, 0.5)),
     "sequential": lambda g: Sequential((O, I), _some(g, O, 2), _some(g, 2, O), -0.5),
+    "tiled": lambda g: Tiled((O, I), _some(g, 3, 4)),
+    "block affine": lambda g: BlockAffine((O, I), _some(g, O // 4, 4, 4)),
+    "multiplied": lambda g: Multiplied((O, I), LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5)),
+    "multiplied whole": lambda g: Multiplied((O, I), LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5), 0.0),
+    "bands": lambda g: Transformed(
+        (O, I),
+        LowRank((O // 2, I // 2), _some(g, O // 2, 2), _some(g, 2, I // 2), 0.5),
+        (("haar-low", "haar-low"), ("haar-high", "haar-low")),
+    ),
+    "coefficients": lambda g: Transformed((O, I), _sparse("element", None, g), (("identity", "hadamard"),), 2.0),
     "rescaled": lambda g: Rescaled((O, I), _sparse("element", None, g), _some(g, O).abs() + 0.5),
 }
 

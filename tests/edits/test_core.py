@@ -42,6 +42,17 @@ def test_a_start_of_a_core_that_is_not_there():
         build_edit("core", (O, I), FACTORS | {"C0": _n(R)}, {"scale": 1.0})
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(6, 5), (5, 6), (4, 4)])
+@pytest.mark.parametrize("core", [(), (R,), (R, R)], ids=str)
+def test_a_core_goes_into_the_thinner_factor(rows, columns, core):
+    now = {"A": _n(R, columns), "B": _n(rows, R)} | ({"C": _n(*core, seed=2)} if core else {})
+    C = now.get("C", torch.ones(R))
+    edit = Core((rows, columns), now, {}, 0.5)
+    expected = 0.5 * now["B"] @ (torch.diag(C) if C.ndim == 1 else C) @ now["A"]
+    torch.testing.assert_close(edit.delta(torch.zeros(rows, columns)), expected)
+    assert edit.low_rank().A.shape == (R, columns)
+
+
 def test_what_is_subtracted_is_not_rounded():
     """A change of a thousandth would be lost in bfloat16; a core edit without a start is rounded as any."""
     start = {name: tensor + 1e-3 for name, tensor in FACTORS.items()}

@@ -49,6 +49,40 @@ def test_pissa_is_peft_s():
         torch.testing.assert_close(mine.B.grad, their.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_pissa_is_exported_as_peft_converts_it(tmp_path):
+    """Trained alike, PEFT's own conversion to a LoRA of the unchanged base and our export hold the same product, of rank 2 r."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    from intarsia.interop import peft_lora
+
+    model, other = small_net(), _theirs(r=3, lora_alpha=6, init_lora_weights="pissa")
+    ia.attach(model, ia.Lora(3, 6.0, start="pissa"))
+    for site in SITES:  # a singular vector's sign is nobody's: ours start as PEFT's
+        mine, their = state_of(model, site), _layer(other, site)
+        with torch.no_grad():
+            for name, tensor in (("A", their.lora_A["default"].weight), ("B", their.lora_B["default"].weight)):
+                getattr(mine, name).copy_(tensor), getattr(mine, f"{name}0").copy_(tensor)
+    other.peft_config["default"].init_lora_weights = True
+    other.save_pretrained(tmp_path / "first")
+    other.peft_config["default"].init_lora_weights = "pissa"
+    stir(model)
+    for site in SITES:
+        mine, their = state_of(model, site), _layer(other, site)
+        with torch.no_grad():
+            their.lora_A["default"].weight.copy_(mine.A), their.lora_B["default"].weight.copy_(mine.B)
+    other.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    peft_lora.write(ia.export(model), small_net(), tmp_path / "ours")
+    ours, theirs = (load_peft_weights(str(tmp_path / which)) for which in ("ours", "theirs"))
+    for site in SITES:
+        key = f"base_model.model.{site}.lora_{{}}.weight"
+        assert (
+            ours[key.format("A")].shape == theirs[key.format("A")].shape == (6, layer_of(model, site).weight.shape[1])
+        )
+        products = [found[key.format("B")] @ found[key.format("A")] for found in (ours, theirs)]
+        torch.testing.assert_close(*products, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])
 def test_pissa_takes_the_principal_part(scaling):
     """s B A = U_r S_r V_r^T, and B^T B = A A^T = S_r / s."""

@@ -1,8 +1,8 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
 Sparse and dense edits have their values, low-rank, block and Kronecker ones their factors as they are stored (so ComPEFT takes A and B),
-combined and scaled ones their coefficients and scales, sums those of their parts, rescaled ones those of the inner edit: the lengths
-multiply whole rows and stay as they are. A kernel edit, and a core edit with a start, are refused: their change is a small difference of
+combined and scaled ones their coefficients and scales, tiled and block-affine ones their tile and blocks, sums those of their parts, multiplied and
+transformed ones those of the inner edit, and so rescaled ones: the lengths multiply whole rows and stay as they are. A kernel edit, and a core edit with a start, are refused: their change is a small difference of
 factors, which rounding them would drown.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from intarsia.edits import (
+    BlockAffine,
     Blocks,
     Combined,
     Core,
@@ -24,10 +25,13 @@ from intarsia.edits import (
     Edit,
     Kronecker,
     LowRank,
+    Multiplied,
     Rescaled,
     Scaled,
     Sparse,
     Sum,
+    Tiled,
+    Transformed,
     elements,
 )
 from intarsia.errors import IntarsiaError
@@ -82,7 +86,19 @@ def _(edit: Core) -> tuple[str, ...]:
 
 
 @learned.register
-def _(edit: Rescaled) -> tuple[str, ...]:
+def _(edit: Tiled) -> tuple[str, ...]:
+    return ("D",)
+
+
+@learned.register
+def _(edit: BlockAffine) -> tuple[str, ...]:
+    return ("B",)
+
+
+@learned.register(Rescaled)
+@learned.register(Multiplied)
+@learned.register(Transformed)
+def _(edit: Rescaled | Multiplied | Transformed) -> tuple[str, ...]:
     return learned(edit.inner)
 
 
@@ -187,14 +203,16 @@ def _(edit: Sum) -> Edit:
     return replace(edit, parts=tuple(without_zeros(part) for part in edit.parts))
 
 
-@without_zeros.register
-def _(edit: Rescaled) -> Edit:
+@without_zeros.register(Rescaled)
+@without_zeros.register(Multiplied)
+@without_zeros.register(Transformed)
+def _(edit: Rescaled | Multiplied | Transformed) -> Edit:
     return replace(edit, inner=without_zeros(edit.inner))
 
 
 def changes(edit: Edit) -> bool:
     """Whether the edit can change anything: a support that kept nothing, or a factor of zeros, does not."""
-    if isinstance(edit, Rescaled | Sum):
+    if isinstance(edit, Rescaled | Sum | Multiplied):
         return True
     if isinstance(edit, Combined):  # whose A is something without a coefficient, and whose B is not
         return bool(edit.c.any())

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from intarsia import registry
 from intarsia.compress.numbers import Progress, with_step, without_zeros
 from intarsia.compress.sparsify import check_density
 from intarsia.edits import Edit, LowRank, Sparse, add, elements, scale, to_dense
@@ -42,6 +43,28 @@ def to_low_rank(adapter: Adapter, rank: int, progress: Progress | None = None) -
             progress(done, len(adapter.edits), "to low rank")
     made = replace(adapter, edits=edits, method=Lora(rank=rank, alpha=float(rank)).config(), codes={})
     return with_step(made, {"to": "low-rank", "rank": rank}, adapter)
+
+
+def to_prefix(adapter: Adapter, rank: int, progress: Progress | None = None) -> Adapter:
+    """The first ranks of every edit, of an adapter that was trained to act with them alone (DyLoRA): a plain LoRA of that rank.
+
+    Raises:
+        IntarsiaError: for an adapter of another method, and for a rank that was not trained.
+    """
+    name = adapter.method.get("name")
+    if name not in registry.methods():
+        raise IntarsiaError(f"{adapter.name} is of {name!r}, which is no method whose first ranks could be taken")
+    method = registry.build(adapter.method)
+    edits: dict[str, Edit] = {}
+    for done, (weight, edit) in enumerate(adapter.edits.items(), 1):
+        edits[weight] = method.prefix(edit, rank)
+        if progress:
+            progress(done, len(adapter.edits), "first ranks")
+    scales = {edit.scale for edit in edits.values() if isinstance(edit, LowRank)}
+    plain = Lora(rank=rank, alpha=max(scales, default=1.0), scaling="none")
+    return with_step(
+        replace(adapter, edits=edits, method=plain.config(), codes={}), {"to": "prefix", "rank": rank}, adapter
+    )
 
 
 def to_sparse(adapter: Adapter, density: float, progress: Progress | None = None) -> Adapter:

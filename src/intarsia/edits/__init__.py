@@ -18,6 +18,7 @@ from intarsia.edits.edit import (
     joined,
     row_norms,
     want_numbers,
+    want_scale,
     want_tensors,
     without_scale,
 )
@@ -27,13 +28,18 @@ from intarsia.edits.placement import Placement, Runs, check_finite, gathered, me
 from intarsia.edits.routed import GATES, Routed, Routing
 from intarsia.edits.seeded import BASES, ORDERS, Combined, Scaled, bases, combined_factors, scaled_factors
 from intarsia.edits.sequential import Sequential
+from intarsia.edits.structured import BlockAffine, Everywhere, Multiplied, Tiled
 from intarsia.edits.sum import Sum
+from intarsia.edits.transformed import Transformed
+from intarsia.edits.transforms import TRANSFORMS, Transform
 
 __all__ = [
-    "ACTIVATIONS", "BASES", "GATES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "Activated", "Blocks",
-    "Bottleneck", "Combined", "Core", "Dense", "Edit", "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement",
-    "Rescaled", "Routed", "Routing", "Runs", "Scaled", "Seen", "Sequential", "Sparse", "Sum", "add", "bases", "build_edit",
-    "check_finite", "columns", "combined_factors", "diagonal", "elements", "gathered", "is_tokens", "joined", "memory",
-    "merge", "overlap", "place", "positions", "put", "put_row", "row_norms", "scale", "scaled_factors", "sizes", "sparsify",
-    "summed", "thin", "times", "to_dense", "want_numbers", "want_tensors", "without_scale",
+    "ACTIVATIONS", "BASES", "GATES", "INSERTED", "KERNELS", "KINDS", "ORDERS", "PLACES", "SITS_AT", "TRANSFORMS",
+    "Activated", "BlockAffine", "Blocks", "Bottleneck", "Combined", "Core", "Dense", "Edit", "Everywhere", "Insert",
+    "Inserted", "Kernel", "Kronecker", "LowRank", "Multiplied", "Placement", "Rescaled", "Routed", "Routing", "Runs",
+    "Scaled", "Seen", "Sequential", "Sparse", "Sum", "Tiled", "Transform", "Transformed", "add", "bases",
+    "build_edit", "check_finite", "columns", "combined_factors", "diagonal", "elements", "gathered", "is_tokens",
+    "joined", "memory", "merge", "overlap", "place", "positions", "put", "put_row", "row_norms", "scale",
+    "scaled_factors", "sizes", "sparsify", "summed", "thin", "times", "to_dense", "want_numbers", "want_scale",
+    "want_tensors", "without_scale",
 ]  # fmt: skip

@@ -13,14 +13,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from intarsia.edits.blocks import Blocks
-from intarsia.edits.core import Core
-from intarsia.edits.dense import Dense, Kronecker
+from intarsia.edits.dense import Dense
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
-from intarsia.edits.insert import Insert
-from intarsia.edits.kernel import Kernel
-from intarsia.edits.seeded import Combined, Scaled
-from intarsia.edits.sequential import Sequential
+from intarsia.edits.structured import BlockAffine, Multiplied, Tiled
 from intarsia.edits.sum import Sum
 from intarsia.errors import IntarsiaError
 
@@ -41,6 +36,8 @@ def scale(edit: Edit, factor: float) -> Edit:
 
 @singledispatch
 def _scale(edit: Edit, factor: float) -> Edit:
+    if hasattr(edit, "scale"):  # a factor in front of its change
+        return replace(edit, scale=factor * edit.scale)  # type: ignore[call-arg]
     # Its change is no linear function of its own numbers, as that of a length for every row.
     return Sum(edit.shape, (edit,), (factor,))
 
@@ -55,19 +52,21 @@ def _(edit: Dense, factor: float) -> Edit:
     return replace(edit, values=factor * edit.values)
 
 
-@_scale.register(LowRank)
-@_scale.register(Core)
-@_scale.register(Kronecker)
-@_scale.register(Kernel)
-@_scale.register(Sequential)
-@_scale.register(Insert)
-@_scale.register(Blocks)
-@_scale.register(Combined)
-@_scale.register(Scaled)
-def _(
-    edit: LowRank | Core | Kronecker | Kernel | Sequential | Insert | Blocks | Combined | Scaled, factor: float
-) -> Edit:
-    return replace(edit, scale=factor * edit.scale)
+@_scale.register
+def _(edit: Tiled, factor: float) -> Edit:
+    return replace(edit, D=factor * edit.D)
+
+
+@_scale.register
+def _(edit: BlockAffine, factor: float) -> Edit:
+    return replace(edit, B=factor * edit.B)
+
+
+@_scale.register
+def _(edit: Multiplied, factor: float) -> Edit:
+    if not edit.one:  # W * D - W is no multiple of D
+        return Sum(edit.shape, (edit,), (factor,))
+    return replace(edit, inner=scale(edit.inner, factor))
 
 
 @_scale.register

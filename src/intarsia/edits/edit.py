@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
@@ -65,6 +66,13 @@ class Edit(ABC):
     def low_rank(self) -> LowRank | None:
         """The same change as two thin factors, for kinds that are made of such; None for others. Its rank may be above the weight's."""
         return None
+
+    def times(self, x: Tensor) -> Tensor:
+        """x delta^T beside the layer, in x's dtype, of an edit that needs no weight: without its matrix where there is a way.
+
+        (..., I) -> (..., O).
+        """
+        return F.linear(x, self.delta(x))
 
     @property
     def needs_weight(self) -> bool:
@@ -217,6 +225,9 @@ class LowRank(Edit):
     def low_rank(self) -> LowRank:
         return self
 
+    def times(self, x: Tensor) -> Tensor:
+        return self.scale * (x @ self.A.to(x.dtype).mT @ self.B.to(x.dtype).mT)
+
     @property
     def touched(self) -> int:
         return self.shape[0] * self.shape[1]
@@ -291,6 +302,19 @@ class Rescaled(Edit):
     @property
     def touched(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+def inner_edit(shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Edit:
+    """The edit that stands inside another one, additive and in the weight. Raises IntarsiaError where it is none of these."""
+    inner = facts.get("inner")
+    if not isinstance(inner, Mapping):
+        raise IntarsiaError(f"a {facts['type']} edit needs an inner edit; found {inner!r}")
+    edit = build_edit(inner.get("type"), shape, tensors, inner)
+    if edit.inserts() or edit.needs_weight:
+        raise IntarsiaError(
+            f"inside a {facts['type']} edit there is a {edit.kind} one; expected one that adds to any weight"
+        )
+    return edit
 
 
 def row_norms(V: Tensor) -> Tensor:

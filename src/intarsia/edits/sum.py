@@ -65,6 +65,10 @@ class Sum(Edit):
             total = total + factor * part.delta(W)
         return total
 
+    def times(self, x: Tensor) -> Tensor:
+        parts = [factor * part.times(x) for part, factor in zip(self.parts, self.factors, strict=True)]
+        return sum(parts[1:], parts[0])
+
     def sparse_parts(self) -> list[Sparse] | None:
         found: list[Sparse] = []
         for part, factor in zip(self.parts, self.factors, strict=True):

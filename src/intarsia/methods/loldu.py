@@ -8,7 +8,7 @@ Trained: r numbers a weight, as in the released code, which holds s fixed (the p
 zeros. The start is subtracted with the z_0 that is used, so that every one starts as the base (in the released code some do not);
 they differ in what weight decay pulls to, and without it not at all. Which one the paper's tables use is not said.
 The decomposition is made in float64; a component whose |D| is below 1e-6 stays in the weight: its column of B is 0. The file holds
-P L_r and U_r, r (O + I) numbers beside the r trained ones, so that nothing has to be decomposed at a switch.
+P L_r and U_r, r (O + I) numbers beside the r trained ones, so that nothing has to be decomposed at a switch. The learning rate is SVFit's, and not measured here.
 """
 
 import math

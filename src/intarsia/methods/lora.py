@@ -57,6 +57,17 @@ class Lora(Factored):
         chosen = find(self.start).settle
         return chosen(self, sites, surveys, seed) if chosen else super().settle(sites, surveys, seed)
 
+    def at(self, edit, site):
+        found = find(self.start).at
+        return found(self, edit, site) if found else self
+
+    def observer(self, site):
+        return find(self.start).observer(self, site)
+
+    def confer(self, observers):
+        if find(self.start).confer:
+            find(self.start).confer(self, observers)
+
     def init(self, site, start):
         made = make(self.start, self, site, start, self.shapes(site.shape))
         return self.begin(site, made, made if find(self.start).subtracted else None)
