@@ -205,7 +205,7 @@ def test_the_mixture_of_the_guide_passes_the_contract(monkeypatch: pytest.Monkey
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "mixture_of_loras", module)
-    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     spec.loader.exec_module(module)
     run(laws, {"MixtureOfLoras": module.MixtureOfLoras}, page)
 

@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 def theirs() -> nn.Module:
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["embed", "up", "down"], lora_dropout=0.0)
-    net = get_peft_model(Net(), config).double()
+    net: nn.Module = get_peft_model(Net(), config).double()
     for name, p in net.named_parameters():
         p.requires_grad_("lora_" in name or "norm" in name or name.endswith("up.base_layer.bias"))
     return net
@@ -58,7 +58,7 @@ def ours(like: nn.Module) -> nn.Module:
             state = state_of(net, site)
             kind = "lora_embedding_{}.default" if site == "embed" else "lora_{}.default.weight"
             for key in "AB":
-                found = tensors[f"base_model.model.{site}.{kind.format(key)}"]
+                found: torch.Tensor = tensors[f"base_model.model.{site}.{kind.format(key)}"]
                 mine = getattr(state, key)
                 mine.data = mine.data.double()
                 twin = "B" if key == "A" else "A"

@@ -148,7 +148,7 @@ def test_the_norm_is_of_all_pairs_together():
         B, A = pair()
         U_B, U_A = torch.linalg.qr(B.detach())[0], torch.linalg.qr(A.detach().mT)[0]
         one = float((G.mT @ U_B).square().sum() + (G @ U_A).square().sum())
-        return sum(size**2 * one for size in sizes) ** 0.5
+        return float(sum(size**2 * one for size in sizes) ** 0.5)
 
     U_A = torch.linalg.qr(pair()[1].detach().mT)[0]
     u = G @ U_A

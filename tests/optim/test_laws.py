@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import intarsia as ia
 from intarsia import optim
 from intarsia.optim import Recipe
-from small import small_net, some_input, some_loss, state_of, stir
+from small import layer_of, small_net, some_input, some_loss, state_of, stir
 
 CASES = [
     pytest.param(cls, settings, id=f"{name}-{number}")
@@ -104,7 +104,7 @@ class TestLaws:
         copied = copy.deepcopy((model, optimizer))
         pickled = pickle.loads(pickle.dumps((model, optimizer)))
         for pair in ((model, optimizer), copied, pickled):
-            train(*pair, range(3, 7))
+            train(pair[0], pair[1], range(3, 7))
         assert same(copies(model), copies(copied[0]))
         assert same(copies(model), copies(pickled[0]))
 
@@ -229,13 +229,15 @@ class TestLaws:
 
         model = small_net()
         ia.attach(model, Told(**{k: v for k, v in method.config().items() if k != "name"}), "up")
-        base = small_net().up.weight
+        base = layer_of(small_net(), "up").weight
         optimizer = recipe.build(model, LR)
         for step in range(3):
             train(model, optimizer, range(step, step + 1))
             assert calls == ["before", "after"] * (step + 1)
             if not recipe.needs_pairs:
-                torch.testing.assert_close(model.up.weight, base + state_of(model, "up").values, rtol=0, atol=1e-6)
+                torch.testing.assert_close(
+                    layer_of(model, "up").weight, base + state_of(model, "up").values, rtol=0, atol=1e-6
+                )
 
 
 INNERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adamax", "NAdam", "RAdam", "Adadelta", "ASGD", "Rprop")
@@ -244,7 +246,7 @@ OUTERS = [
     (optim.Fira, {"rank": 3, "gap": 2}),
     (optim.Frugal, {"gap": 2, "density": 0.5}),
 ]
-FULL = [
+FULL: list[tuple[Any, dict[str, Any]]] = [
     (optim.GaLore, {"rank": 99, "gap": 2, "scale": 1.0}),
     (optim.Fira, {"rank": 99, "gap": 2}),
     (optim.Frugal, {"density": 1.0, "gap": 2, "selector": "columns", "reset": False}),
@@ -335,6 +337,7 @@ def test_between_steps_only_the_state_is_kept():
     optimizer = optim.GaLore(model.parameters(), rank=3)
     train(model, optimizer, range(2))
     assert all(proxy.numel() == 0 and proxy.grad is None for proxy in optimizer.proxies.values())
+    assert optimizer.inner is not None
     assert {t.data_ptr() for t in tensors(optimizer)} >= {
         t.data_ptr()
         for state in optimizer.inner.state.values()
@@ -347,7 +350,7 @@ def test_a_step_that_fails_leaves_no_proxy_filled():
     model = small_net()
     optimizer = optim.GaLore(model.parameters(), rank=3)
     some_loss(model, some_input()).backward()
-    model.up.weight.grad.fill_(torch.nan)
+    layer_of(model, "up").weight.grad.fill_(torch.nan)
     with pytest.raises(ia.IntarsiaError, match="not finite, so it has no leading singular vectors"):
         optimizer.step()
     assert all(proxy.numel() == 0 and proxy.grad is None for proxy in optimizer.proxies.values())

@@ -110,7 +110,7 @@ def test_the_methods_page_has_them():
         assert (systems[name].kind, systems[name].title) == ("optimizer", recipe.title)
         assert systems[name].facts["default_lr"] == recipe.default_lr
         assert all(field.metadata["help"] for _, field in systems[name].fields)
-        assert sys.modules[systems[name].about].__doc__.startswith(f"{recipe.title}: ")
+        assert str(sys.modules[systems[name].about].__doc__).startswith(f"{recipe.title}: ")
 
 
 # --- runs
@@ -131,6 +131,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tree, monkeypatch, opti
             self.trainer.signals.caught = signal.SIGINT
 
     whole = train(make_config(tree(optimizer, method, "whole")))
+    assert whole.eval_loss is not None
+    assert whole.base_loss is not None
     assert whole.eval_loss < whole.base_loss
     usual = trainer._AfterStep.on_step_end
     monkeypatch.setattr(trainer._AfterStep, "on_step_end", stop)

@@ -62,13 +62,13 @@ class Ist(Allocator):
         if not self.interval or step == 1 or (step - 1) % self.interval:
             return []
         chances = torch.sigmoid(state["scores"]).tolist()
-        count, found = max(1, int(self.suppressed * len(chances))), []
+        count = max(1, int(self.suppressed * len(chances)))
+        found: list[tuple[int, ...]] = []
         for number in range(self.candidates):
-            for attempt in range(REDRAWS):
-                drawn = draws.some(chances, count, "damp", step, number, attempt)
-                if drawn not in found:
-                    break
-            found.append(drawn)
+            drawn = [draws.some(chances, count, "damp", step, number)]
+            while drawn[-1] in found and len(drawn) < REDRAWS:
+                drawn.append(draws.some(chances, count, "damp", step, number, len(drawn)))
+            found.append(drawn[-1])
         return found
 
     def learn(self, state: Mapping[str, Tensor], trials: Sequence[Sequence[int]], losses: Sequence[float]) -> None:

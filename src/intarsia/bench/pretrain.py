@@ -25,6 +25,8 @@ from intarsia.optim import build, parts, state_bytes
 
 SMALL = Size(hidden=64, layers=2, heads=4, kv_heads=4, mlp=172, vocabulary=256)
 
+REST_LR = 1e-2  # of what no contender treats otherwise than Adam
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -84,9 +86,16 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def optimizer_of(contender: Contender, model: nn.Module) -> torch.optim.Optimizer:
+    """Embeddings, norms and the head learn at one rate under all of them, so that what differs is how the matrices do."""
+    matrices, others = [], []
+    for part in parts(model):
+        matrix = not part.embedding and part.role in ("matrix", "up", "down")
+        (matrices if matrix else others).append(part.parameter)
+    groups = [{"params": matrices}, {"params": others, "lr": REST_LR}]
     if contender.optimizer is None:
-        return torch.optim.AdamW([part.parameter for part in parts(model)], lr=contender.lr, weight_decay=0.0)
-    return build(contender.optimizer).build(model, contender.lr)
+        return torch.optim.AdamW(groups, lr=contender.lr, weight_decay=0.0)
+    groups[1]["project"] = False
+    return build(contender.optimizer).build(groups, contender.lr)
 
 
 def start(contender: Contender, size: Size = SMALL) -> nn.Module:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
@@ -65,6 +66,13 @@ class Edit(ABC):
     def low_rank(self) -> LowRank | None:
         """The same change as two thin factors, for kinds that are made of such; None for others. Its rank may be above the weight's."""
         return None
+
+    def times(self, x: Tensor) -> Tensor:
+        """x delta^T beside the layer, in x's dtype, of an edit that needs no weight: without its matrix where there is a way.
+
+        (..., I) -> (..., O).
+        """
+        return F.linear(x, self.delta(x))
 
     @property
     def needs_weight(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intarsia.edits import Edit, LowRank
 from intarsia.errors import IntarsiaError
@@ -22,11 +22,12 @@ class Gated(Factored):
     """State: ``A`` (r, I), ``B`` (O, r) and ``gate`` (r,). A finished edit has fewer ranks, and is restored with gates of 1."""
 
     def trained_count(self, shape: Shape) -> int:
-        return super().trained_count(shape) + self.rank
+        return super().trained_count(shape) + self.rank_at(shape)
 
     def gated(self, site: Site, factors: Mapping[str, Tensor], gate: Tensor) -> dict[str, Tensor]:
         """The state of these tensors."""
-        return self.begin(site, {**factors, "gate": gate})
+        state = self.begin(site, factors)
+        return state | {"gate": nn.Parameter(gate.to(state["A"], copy=True))}
 
     def stays_wide(self) -> frozenset[str]:
         return super().stays_wide() | {"gate"}
@@ -41,7 +42,7 @@ class Gated(Factored):
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
         found = (len(edit.A), edit.scale) if isinstance(edit, LowRank) else (edit.kind, None)
-        if not isinstance(edit, LowRank) or edit.scale != self.scale or len(edit.A) > self.rank:
+        if not isinstance(edit, LowRank) or edit.scale != self.scale or len(edit.A) > self.rank_at(site.shape):
             raise IntarsiaError(
                 f"{site.name}: the file has (rank, scale) {found}, which its own config does not make: {self}"
             )

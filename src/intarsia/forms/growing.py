@@ -150,7 +150,8 @@ class Growing(Paced, Sensed):
         """||A A^T - 1|| + ||B^T B - 1||, of the ranks in use and the reserve."""
         acts = _first(p, p.count + p.reserve).to(p.A.dtype)
         A, B = acts[:, None] * p.A, acts * p.B
-        return (A @ A.mT - acts.diag()).norm() + (B.mT @ B - acts.diag()).norm()
+        off: Tensor = (A @ A.mT - acts.diag()).norm() + (B.mT @ B - acts.diag()).norm()
+        return off
 
     def edit(self, p: Any) -> Edit:
         R = int(p.count)

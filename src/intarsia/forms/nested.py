@@ -6,7 +6,7 @@ does not act is multiplied by 0, not cut off: shapes stay. Mixed into a method t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Nested:
     unit: int  # ranks are multiples of this
     decay: float  # how likely a rank is beside the one below it
     seed: int
-    name: str
+    name: ClassVar[str]
 
     def ranks(self) -> range:
         """All that may be drawn."""
@@ -45,11 +45,11 @@ class Nested:
 
     def acting(self, p: Any) -> Tensor:
         """Which of the r ranks act in this step. (r,)"""
-        return torch.arange(self.rank, device=p.drawn.device) < p.drawn
+        return torch.arange(self.rank, device=p.drawn.device) < p.drawn  # type: ignore[no-any-return]
 
     def newest(self, p: Any) -> Tensor:
         """Of those the last ``unit``. (r,)"""
-        return self.acting(p) & (torch.arange(self.rank, device=p.drawn.device) >= p.drawn - self.unit)
+        return self.acting(p) & (torch.arange(self.rank, device=p.drawn.device) >= p.drawn - self.unit)  # type: ignore[no-any-return]
 
     def next_draw(self, p: Any) -> None:
         """For ``after_step``."""

@@ -1,14 +1,14 @@
 """Bone: one matrix shared by all blocks of the inputs, or one for each row of blocks, guided by them.    dW[o, j] = D[j mod r, o]
 
-Kang, Yin 2024, "Bone: Block-Affine Adaptation of Large Language Models", arXiv:2409.15371, sections 3.1 and 3.2; the same authors'
-"MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", and the layers of HF PEFT (``MissConfig``).
+Kang 2024, "Bone: Block-Affine Adaptation of Large Language Models", arXiv:2409.15371; since version 11, with Yin, "MiSS: Revisiting the
+Trade-off in LoRA with an Efficient Shard-Sharing Structure". As in the layers of HF PEFT, ``MissConfig``.
 
 ``variant="bone"`` (MiSS, of rank r at most):  dW[o, j] = D[j mod r, o], so y += (sum of x's chunks of r) D;  a last chunk may be shorter.
 ``variant="mini"``:  D (r, mini_rank) is repeated over the outputs too.
 ``variant="bat"`` (block affine, of any rank):  dW_pq = W_pq B_p + B_p for the blocks (r, r) of W, grouped by rows as in PEFT.
 
 Trained: r O numbers a weight, r mini_rank for mini.  All 0 at the start, so W' = W, and with a gradient from the first step on.
-There is no scale, as in PEFT.  PEFT's mini needs a divisor of O; so does this.  default_lr: see docs/learning-rate.md.
+There is no scale, as in PEFT.  PEFT's mini needs a divisor of O; so does this.  default_lr: not measured.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """DiffuseKronA: the Kronecker product of two small matrices.    dW = s A kron B
 
-Marjit, Singh, Mathur et al. 2024, "DiffuseKronA: A Parameter Efficient Fine-tuning Method for Personalized Diffusion Models",
-arXiv:2402.17412, section 3.2 and the authors' code; HF PEFT's LoKr with two whole factors is the same.
+Marjit, Singh, Mathur, Paul, Yu, Chen 2024, "DiffuseKronA: A Parameter Efficient Fine-tuning Method for Personalized Diffusion Models",
+arXiv:2402.17412, and the authors' code; HF PEFT's LoKr with two whole factors is the same.
 dW[i b1 + p, j b2 + q] = s A[i, j] B[p, q], A (a1, a2), B (b1, b2) = (O / a1, I / a2), of rank rank(A) rank(B).
 
 Trained: a1 a2 + (O / a1) (I / a2) numbers a weight.  A ~ N(0, 1 / a1^2), B = 0, so W' = W.  s = 1: the code's network_alpha is off.

@@ -7,7 +7,8 @@ width of its slice, B_i = 0.  With n = 1 it is LoRA.
 Slices are of outputs and inputs as they come, so n has to divide both. s = alpha / r with the rank r of one of the small ones.
 Deviations: no dropout (theirs is 0.05, on every slice); the authors' own merge does not run, this one is the sum of the blocks.
 In a Linear the slices are multiplied alone; at other layers the blocks are laid out between zeros first, which costs n times as much.
-The learning rate is LoRA's, not measured on a model: every small LoRA learns as one of its own width does.
+The learning rate is LoRA's: on a toy of two layers (120 steps of 2.5e-4, 1e-3, 4e-3, 1.6e-2) its losses rank and lie as LoRA's do; not
+measured on a pretrained model.
 """
 
 import math

@@ -1,7 +1,7 @@
 """QWHA: sparse coefficients of a Walsh-Hadamard transform, chosen to cancel a quantisation error.    dW = alpha / sqrt(O) F H^T / I
 
 Jeon, Lee, Kang, Kim, Kim 2025, "QWHA: Quantization-Aware Walsh-Hadamard Adaptation for Parameter-Efficient Fine-Tuning on Large Language
-Models", arXiv:2509.17428, sections 3 and 4, and the authors' code. H (I, I) of +-1; F (O, I) has n = r (O + I) numbers that are not 0.
+Models", arXiv:2509.17428, and the authors' code. H (I, I) of +-1; F (O, I) has n = r (O + I) numbers that are not 0.
 
 ``start="error"`` (as in the paper; ``attach(..., data=, original=)``): E = W_original - W, G the mean of x x^T, damped. F_full = E H. Row o
 gets n_o of the n coefficients in proportion to ||F_full[o]||, at most I, those with the largest (h_k^T G h_k) F_full[o, k]^2; their values
@@ -9,7 +9,7 @@ are the least squares of the layer's output error. In float64. The authors take 
 with R H; here it is the normal equations with H^T G H, the same numbers without a root. Does not start as the base: it repairs it.
 ``start="weight"``: for a base that is not compressed; F_full = W H chooses the places, G = 1, all values 0, so W' = W. Ours, not the paper's.
 
-Trained: r (O + I) numbers a weight; their places are fixed.  The transform acts on x, whatever H is stored nowhere.
+Trained: r (O + I) numbers a weight; their places are fixed.  H is stored nowhere: its transform acts on x.
 Deviation: I must be K 2^k with an H that Paley or Sylvester built, which leaves out 156 and 172 of the authors' list.
 alpha = 3000 and default_lr = 2e-4 are the paper's; not measured here.
 """
@@ -39,7 +39,7 @@ class Qwha(Structured):
     name, title, paper, role = "qwha", "QWHA", "arXiv:2509.17428", "quantization"
     formula, trained = "W' = W + alpha / sqrt(O) F H^T / I", "r (O + I)"
     default_lr = 2e-4
-    small = ({"rank": 2, "start": "weight", "alpha": 20.0},)
+    small = ({"rank": 2, "start": "weight", "alpha": 20.0}, {"rank": 2, "alpha": 20.0})
     constants, recomputes = ("index",), True
 
     def __post_init__(self):
@@ -47,6 +47,7 @@ class Qwha(Structured):
         self.require(0 < self.alpha < math.inf, "alpha", "positive")
         self.require(self.start in ("error", "weight"), "start", "error or weight")
         self.require(0 <= self.damping < math.inf, "damping", "0 or more")
+        object.__setattr__(self, "starts_as_identity", self.start == "weight")
 
     def needs(self):
         return frozenset({"gram", "original"} if self.start == "error" else ())

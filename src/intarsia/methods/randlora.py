@@ -8,7 +8,8 @@ The bases are the same for all weights by slicing: they follow from ``basis_seed
 largest one. They are made in forward and again in backward; between them x, lambda and gamma are kept.
 Deviations: variance 1 is the distribution's, not that of the numbers drawn; sqrt d where very sparse is the weight's own; no dropout.
 ``peft_order`` pairs columns and rows as HF PEFT lays them out. ``update``: half of the bases is the paper's ablation b, summed its a:
-(sum_j B_j diag(lambda_j)) (sum_j A diag(gamma_j)), of rank r. The learning rate is the paper's region, not measured on a model.
+(sum_j B_j diag(lambda_j)) (sum_j A diag(gamma_j)), of rank r.
+The learning rate: on a toy of two layers 1e-3 and 4e-3 were alike after 120 steps, 1.6e-2 worse; not measured on a pretrained model.
 """
 
 import math
@@ -36,7 +37,7 @@ class Randlora(Remade):
 
     name, title, paper = "randlora", "RandLoRA", "arXiv:2502.00987"
     formula, trained = "W' = W + s sum_j B_j diag(lambda_j) A diag(gamma_j)", "ceil(d / r) (r + d)"
-    default_lr = 1e-3
+    default_lr = 2e-3
     small = ({"rank": 5}, {"rank": 3, "alpha": 30.0, "bases": "sparse", "update": "half", "peft_order": True})
 
     def __post_init__(self):

@@ -58,7 +58,7 @@ class Sora(Gated):
 
     def lam_at(self, stage):
         first = self.lam if self.lam is not None else 3e-4 if self.code_compat else 0.5
-        return first if self.stages == 1 else HEIGHTS[self.schedule](first, self.last, stage / (self.stages - 1))
+        return first if self.last is None else HEIGHTS[self.schedule](first, self.last, stage / (self.stages - 1))
 
     def init(self, site, start):
         gate = torch.randn(self.rank, generator=Start.at("gate", start.key).generator())

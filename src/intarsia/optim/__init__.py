@@ -7,7 +7,7 @@ optimizer = optim.build({"name": "lora-plus"}).build(model, lr=2e-4)  # a model,
 from intarsia.optim.adam import PaperAdamW
 from intarsia.optim.fira import Fira, FiraRecipe
 from intarsia.optim.frugal import Frugal, FrugalRecipe
-from intarsia.optim.galore import GaLore, GaloreRecipe
+from intarsia.optim.galore import GaLore, GaloreRecipe, InSubspace, Subspaced
 from intarsia.optim.lora_plus import LoraPlusRecipe
 from intarsia.optim.parts import Part, pairs, parts
 from intarsia.optim.projection import Projection
@@ -17,7 +17,7 @@ from intarsia.optim.trainer import for_trainer
 from intarsia.optim.wrapped import Wrapped, state_bytes
 
 __all__ = [
-    "INNERS", "Fira", "FiraRecipe", "Frugal", "FrugalRecipe", "GaLore", "GaloreRecipe", "LoraPlusRecipe", "LoraRite", "PaperAdamW",
-    "Part", "Projecting", "Projection", "Recipe", "RiteRecipe", "Wrapped", "build", "for_trainer", "optimizers", "pairs", "parts",
+    "INNERS", "Fira", "FiraRecipe", "Frugal", "FrugalRecipe", "GaLore", "GaloreRecipe", "InSubspace", "LoraPlusRecipe", "LoraRite", "PaperAdamW",
+    "Part", "Projecting", "Projection", "Recipe", "RiteRecipe", "Subspaced", "Wrapped", "build", "for_trainer", "optimizers", "pairs", "parts",
     "register", "state_bytes", "systems",
 ]  # fmt: skip

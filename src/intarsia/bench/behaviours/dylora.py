@@ -28,8 +28,9 @@ def prefixes() -> list[Seen]:
     generator = torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q for _ in range(2))
     change = U @ torch.diag(1.5 * 0.75 ** torch.arange(WIDTH)) @ V.T
-    nested, plain = _trained(Dylora(RANK), change), _trained(Lora(RANK), change)
-    errors = [_error(Dylora(RANK).prefix(nested, b), change) for b in (1, 2, 4, 8)]
+    whole: Method = Dylora(RANK)
+    nested, plain = _trained(whole, change), _trained(Lora(RANK), change)
+    errors = [_error(whole.prefix(nested, b), change) for b in (1, 2, 4, 8)]
     cut = [_error(replace(plain, B=plain.B[:, :b], A=plain.A[:b]), change) for b in (1, 2, 4, 8)]
     what = "relative error, rank"
     found = [
@@ -44,9 +45,11 @@ def prefixes() -> list[Seen]:
 
 def _trained(method: Method, change: Tensor) -> LowRank:
     generator = torch.Generator().manual_seed(1)
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    layer = nn.Linear(WIDTH, WIDTH, bias=False)
+    net = nn.Sequential(layer)
     models.attach(net, method, "0")
-    wanted = net[0].weight.detach() + change
+    nn.init.zeros_(layer.weight)
+    wanted = layer.weight.detach() + change
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     for _ in range(STEPS):

@@ -28,11 +28,12 @@ def ranks() -> list[Seen]:
 def _fit(method: Method) -> tuple[int, float]:
     """(ranks of the edit, held-out loss) after training towards W + a change of rank 2, with noise on the labels."""
     generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Linear(COLUMNS, ROWS, bias=False))
+    layer = nn.Linear(COLUMNS, ROWS, bias=False)
+    net = nn.Sequential(layer)
     W = torch.randn(ROWS, COLUMNS, generator=generator) / COLUMNS**0.5
     change = torch.randn(ROWS, 2, generator=generator) @ torch.randn(2, COLUMNS, generator=generator) / 8
     with torch.no_grad():
-        net[0].weight.copy_(W)
+        layer.weight.copy_(W)
     models.attach(net, method, "0")
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
@@ -40,7 +41,8 @@ def _fit(method: Method) -> tuple[int, float]:
     def loss(rows: int) -> torch.Tensor:
         x = torch.randn(rows, COLUMNS, generator=generator)
         y = x @ (W + change).T + NOISE * torch.randn(rows, ROWS, generator=generator)
-        return (net(x) - y).square().mean()
+        found: torch.Tensor = (net(x) - y).square().mean()
+        return found
 
     for _ in range(STEPS):
         optimizer.zero_grad()
