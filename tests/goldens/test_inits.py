@@ -13,9 +13,8 @@ from intarsia.inits import initialiser
 from small import SITES, layer_of, small_net, some_input, some_loss, state_of, stir, trained
 
 
-def _theirs(**config) -> torch.nn.Module:
-    model: torch.nn.Module = peft.get_peft_model(small_net(), peft.LoraConfig(target_modules=list(SITES), **config))
-    return model
+def _theirs(**config) -> Any:
+    return peft.get_peft_model(small_net(), peft.LoraConfig(target_modules=list(SITES), **config))
 
 
 def _layer(model: torch.nn.Module, site: str) -> Any:
