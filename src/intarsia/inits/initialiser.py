@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from intarsia.edits import Edit
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import NEEDS, Method, Start
 from intarsia.registry import OUTSIDE, imported
@@ -22,6 +23,9 @@ from intarsia.site import Site
 
 Make = Callable[[Any, Site, Start], Mapping[str, Tensor]]
 Survey = Callable[[Any, Site, Start], Tensor]
+Observe = Callable[[Any, Site], Any]
+Confer = Callable[[Any, Mapping[str, Any]], None]
+At = Callable[[Any, Edit, Site], Method]
 Settle = Callable[[Any, Mapping[str, Site], Any, int], Mapping[str, tuple[Method, Mapping[str, Any]]]]
 
 
@@ -33,8 +37,9 @@ class Initialiser:
         make: (method, site, start) -> the factors by name, float32 or wider.
         needs: what ``start`` has to hold.
         subtracted: whether B A is other than 0 at the start, and therefore subtracted.
-        survey, settle: where something is chosen for all sites together, such as their ranks: as the functions of these
-            names of a :class:`intarsia.Method`, with the method as their first argument.
+        observer, confer: where it needs what was ``observed``; survey, settle, at: where something is chosen for all sites
+            together, such as their ranks. All as the functions of these names of a :class:`intarsia.Method`, with the method as
+            their first argument.
     """
 
     name: str
@@ -43,21 +48,27 @@ class Initialiser:
     subtracted: bool = False
     survey: Survey | None = None
     settle: Settle | None = None
+    at: At | None = None
+    observer: Observe | None = None
+    confer: Confer | None = None
 
 
 INITIALISERS: dict[str, Initialiser] = {}
 
 
 def initialiser(
-    name: str, *needs: str, subtracted: bool = False, survey: Survey | None = None, settle: Settle | None = None
+    name: str, *needs: str, subtracted: bool = False, **together: Callable[..., Any]
 ) -> Callable[[Make], Make]:
-    """Decorator: declare a function an initialiser. One of this package is known by its name from then on."""
+    """Decorator: declare a function an initialiser. One of this package is known by its name from then on.
+
+    ``together``: the further functions that :class:`Initialiser` has.
+    """
     unknown = [need for need in needs if need not in NEEDS]
     if unknown:
         raise IntarsiaError(f"an initialiser cannot need {unknown[0]!r}; {nearest(unknown[0], NEEDS)}")
 
     def declare(function: Make) -> Make:
-        made = Initialiser(name, function, frozenset(needs), subtracted, survey, settle)
+        made = Initialiser(name, function, frozenset(needs), subtracted, **together)
         function.initialiser = made  # type: ignore[attr-defined]
         if function.__module__.startswith("intarsia."):
             INITIALISERS[name] = made

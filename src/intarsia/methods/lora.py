@@ -50,11 +50,23 @@ class Lora(Factored):
         return find(self.start).settle is not None
 
     def survey(self, site, start):
-        return find(self.start).survey(self, site, start)
+        looked = find(self.start).survey
+        return looked(self, site, start) if looked else super().survey(site, start)
 
     def settle(self, sites, surveys, seed):
         chosen = find(self.start).settle
         return chosen(self, sites, surveys, seed) if chosen else super().settle(sites, surveys, seed)
+
+    def at(self, edit, site):
+        found = find(self.start).at
+        return found(self, edit, site) if found else self
+
+    def observer(self, site):
+        return find(self.start).observer(self, site)
+
+    def confer(self, observers):
+        if find(self.start).confer:
+            find(self.start).confer(self, observers)
 
     def init(self, site, start):
         made = make(self.start, self, site, start, self.shapes(site.shape))

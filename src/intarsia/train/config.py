@@ -154,6 +154,9 @@ class Config(Section):
     model: PathText = Field(description="a local folder, a .gguf file, a hub id, or smollm2-135m")
     data: DataConfig = Field(description="a file, or a mapping")
     method: dict[str, Any] = Field(description="a method's name, or a mapping of its name and fields")
+    allocator: dict[str, Any] | None = Field(
+        default=None, description="who trains when: an allocator's name, or a mapping of its name and fields"
+    )
     targets: Names = Field(default="all-linear", description="which weights: all-linear, globs, re:...")
     exclude: list[str] = Field(default_factory=list, description="weights to leave alone, named like targets")
     avoid: list[PathText] = Field(
@@ -169,6 +172,10 @@ class Config(Section):
     load_in: Literal["nf4", "int8"] | None = Field(
         default=None, description="store the base's linear weights in fewer bits; the adapter then belongs to that base"
     )
+    original: PathText | None = Field(
+        default=None,
+        description="the model before it was compressed, for methods that repair that (eora); with load_in: the model itself",
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     save: SaveConfig = Field(default_factory=SaveConfig)
 
@@ -180,8 +187,7 @@ class Config(Section):
         value = dict(value)
         if isinstance(value.get("data"), str | os.PathLike):
             value["data"] = {"train": value["data"]}
-        if isinstance(value.get("method"), str):
-            value["method"] = {"name": value["method"]}
+        value |= {key: {"name": value[key]} for key in ("method", "allocator") if isinstance(value.get(key), str)}
         value |= {key: [value[key]] for key in ("exclude", "avoid") if isinstance(value.get(key), str)}
         return value
 
@@ -189,6 +195,8 @@ class Config(Section):
     def _method_has_a_name(self) -> Self:
         if not isinstance(self.method.get("name"), str):
             raise ValueError("method needs a name: method: {name: shira, density: 0.01}")
+        if self.allocator is not None and not isinstance(self.allocator.get("name"), str):
+            raise ValueError("allocator needs a name: allocator: {name: ist, share: 0.25}")
         return self
 
 
@@ -278,6 +286,7 @@ def _place(section: Any, key: str, assignment: str) -> Any:
 SHORT = {
     "data": "train",
     "method": "name",
+    "allocator": "name",
     "optimizer": "name",
     "adapters": "adapter",  # each of a list
 }  # sections that may be written as one word, and what the word then is

@@ -6,10 +6,11 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from intarsia import processes, registry
+from intarsia import allocators, processes, registry
 from intarsia.bases import packing_of
 from intarsia.disjoint import adapters_to_avoid
 from intarsia.errors import IntarsiaError
@@ -28,6 +29,9 @@ from intarsia.train.data import BatchView, DataReport, Example, load_examples, s
 from intarsia.train.data import show_batch as view
 from intarsia.train.progress import Progress, size
 from intarsia.train.snapshots import snapshot_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MUCH_TOO_LOW = 8  # a learning rate that many times below the method's own gets a warning
 STATE_BYTES = {"adamw": 8, "adafactor": 4, "sgd": 0}  # of optimizer state for a trained number; adafactor: at most
@@ -72,6 +76,7 @@ class Plan:
 
     config: Config
     method: Method
+    allocator: allocators.Allocator | None  # who trains when
     avoid: list[Adapter]  # whose entries are not chosen
     pretrained: Pretrained
     train: list[Example]
@@ -91,6 +96,14 @@ class Plan:
                 f"train.lr={lr:g} is {usual / lr:.0f} times below what {self.method.name} was measured to want "
                 f"({usual:g}); it will learn slowly, if at all. Leave train.lr out to use that"
             )
+        sought = self.method.invoked_by()
+        without = sum(not _holds(example.input_ids, sought) for example in self.train) if sought else 0
+        if without:
+            text = self.pretrained.tokenizer.decode(list(sought))
+            found.append(
+                f"{without} of {len(self.train)} rows to train on do not have {text!r} (tokens {list(sought)}), which "
+                f"{self.method.name} is invoked by; nothing is learned of them"
+            )
         for report in self.reports:
             skipped = sum(report.skipped.values())
             found += [f"{report.path}: {skipped} bad rows skipped"] if skipped else []
@@ -109,7 +122,12 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         raise IntarsiaError("train.shard needs several processes: torchrun --nproc-per-node 2 -m intarsia train ...")
     if config.train.shard and config.load_in:
         raise IntarsiaError(f"train.shard deals out plain weights; leave load_in={config.load_in} out, or train.shard")
-    method = registry.build(config.method)
+    method = registry.build(
+        registry.with_tokens(config.method, lambda text: [0])
+    )  # wrong ones are told before a model is loaded
+    allocator = allocators.build(config.allocator) if config.allocator is not None else None
+    if allocator is not None and processes.count() > 1:
+        raise IntarsiaError(f"{allocator.name} works in one process so far; start one, or leave allocator out")
     recipe = _optimizer(config, method)
     if pretrained is None:
         device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
@@ -121,6 +139,12 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
             "train.shard deals the base out for good; leave pretrained out, so that train() loads its own"
         )
     model = pretrained.model
+    if "original" in method.needs() and original_name(config) is None:
+        raise IntarsiaError(
+            f"{method.name} computes from what the compression of the base changed: name the model before it, original: ..., or "
+            "store the base in fewer bits, load_in: nf4"
+        )
+    method = registry.build(registry.with_tokens(config.method, partial(_tokens, pretrained.tokenizer)))
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
     targeted = find_sites(model, config.targets, config.exclude)
@@ -159,7 +183,9 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         lr=config.train.lr or _usual_lr(method, recipe),
     )
     depends_on = settings(config, method, pretrained, avoid, recipe)
-    return Plan(config, method, avoid, pretrained, train, held_out, reports, recipe, estimate, snapshots, depends_on)
+    return Plan(
+        config, method, allocator, avoid, pretrained, train, held_out, reports, recipe, estimate, snapshots, depends_on
+    )
 
 
 def _optimizer(config: Config, method: Method) -> Recipe | None:
@@ -185,6 +211,19 @@ def _optimizer_bytes(config: Config, recipe: Recipe | None, shapes: Iterable[tup
         return sum(trained for _, trained in shapes) * STATE_BYTES[str(config.train.optimizer)]
     # Where not the whole weight is trained, as if it were one vector; the state of a pair of factors is at most a little more.
     return 4 * sum(recipe.numbers(shape if math.prod(shape) == trained else (trained,)) for shape, trained in shapes)
+
+
+def original_name(config: Config) -> str | None:
+    """The model before its weights were compressed: as the config says, or the one that ``load_in`` stores in fewer bits."""
+    return config.original or (config.model if config.load_in else None)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _holds(ids: list[int], sought: tuple[int, ...]) -> bool:
+    return any(tuple(ids[at : at + len(sought)]) == sought for at in range(len(ids) - len(sought) + 1))
 
 
 def _to_avoid(config: Config, method: Method) -> list[Adapter]:
@@ -251,6 +290,8 @@ def settings(
     tree = config.model_dump(mode="json") | {"method": method.config()}
     if optimizer is not None:
         tree["train"]["optimizer"] = optimizer.config()
+    if config.allocator is not None:
+        tree["allocator"] = allocators.build(config.allocator).config()
     flat = _flat(tree)
     others = {"avoid": [adapter.digest[:12] for adapter in avoid]} if config.avoid else {}
     files = {"data.train": config.data.train, "data.eval": config.data.eval}
