@@ -192,7 +192,7 @@ class Method(Named, ABC):
         """Where :meth:`needs` names ``observed``: what is to look at the site's inputs, as in :mod:`intarsia.observe`."""
         raise NotImplementedError
 
-    def confer(self, observers: Mapping[str, Any]) -> None:  # noqa: B027
+    def confer(self, observers: Mapping[str, Any]) -> None:
         """Called with the observers of all sites after each batch, where what one of them needs depends on the others."""
 
     def roles_from(self) -> str | None:
