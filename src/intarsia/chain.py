@@ -11,7 +11,7 @@ values: they are set into what every forward reads of it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from intarsia import processes
 from intarsia.bases import Packing, packing_of
+from intarsia.edits import Seen
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
@@ -47,7 +48,9 @@ class Tensors:
         dtype: torch.dtype = torch.float32,
         training: bool = False,
         traits: Any = None,
+        seen: Any = None,
     ):
+        self.seen = seen  # the tokens of the model's forward, for a method that watches them
         self.shape, self.plan, self.operator, self.dtype, self.training = shape, plan, operator, dtype, training
         self.traits = traits
         for name, tensor in tensors.items():
@@ -63,6 +66,7 @@ class State(nn.Module):
         super().__init__()
         self.method, self.shape, self.operator = method, site.shape, site.operator
         self.traits = method.traits(site.shape)
+        self.seen: Seen | None = None
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
@@ -111,6 +115,7 @@ class State(nn.Module):
             dtype,
             self.training,
             self.traits,
+            self.seen,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> State:
@@ -128,8 +133,8 @@ class State(nn.Module):
 class Chain:
     """The base layer with the first ``count`` of some adapters on it: what the next adapter sees below."""
 
-    def __init__(self, layer: Any, states: Sequence[State]):
-        self.layer, self.states = layer, states
+    def __init__(self, layer: Any, states: Sequence[State], rows: Tensor | None = None):
+        self.layer, self.states, self.rows = layer, states, rows  # rows: which of the batch it meets, where not all
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -140,12 +145,14 @@ class Chain:
         top = states[-1]
         # Token numbers have no dtype to compute in; the weight's is the layer's own.
         p = top.cast(x.dtype if x.is_floating_point() else layer.weight.dtype, layer.operator)
+        if p.seen is not None and self.rows is not None:
+            p.seen = p.seen.of_rows(self.rows)
         if len(states) == 1 and isinstance(top.method, Sparse):
             if not packing.in_place:
                 return top.method.over(p, x, partial(packing.read, weight), packing.dtype(weight), layer.bias)
             if layer.leading.live is not None:
                 return top.method.live(p, x, matrix(layer), bias(layer))
-        return top.method.forward(p, x, Chain(layer, states[:-1]))
+        return top.method.forward(p, x, Chain(layer, states[:-1], self.rows))
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of all that lies below, folded in ``dtype``."""
@@ -188,7 +195,7 @@ class OnChain:
         y: Tensor | None = None
         for names, index in leading.rows:
             states = [leading.adapters[name] for name in names if name in leading.adapters]
-            part = Chain(self, states)(x.index_select(0, index))  # type: ignore[arg-type]
+            part = Chain(self, states, index)(x.index_select(0, index))  # type: ignore[arg-type]
             y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
             y = y.index_copy(0, index, part)
         assert y is not None
@@ -562,9 +569,8 @@ def as_base(layers: Sequence[Any], name: str) -> Iterator[None]:
             layer.active, layer.live = active, live
 
 
-def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> Iterator[tuple[State, float]]:
+def _stepping(rates: Mapping[int, Any], hook: str) -> Iterator[tuple[State, float]]:
     """The states that take part in a step and whose methods have this hook, each with its learning rate."""
-    rates = _rates(optimizer)
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
@@ -572,22 +578,22 @@ def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> Iterator[tuple[Sta
                 continue
             moved = [p for p in state.parameters() if id(p) in rates and p.grad is not None]
             if moved:
-                yield state, rates[id(moved[0])]
+                yield state, float(rates[id(moved[0])])
 
 
-def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """The learning rate of each parameter that an optimizer moves, by the parameter's id."""
-    return {id(p): float(group.get("lr", 0.0)) for group in optimizer.param_groups for p in group["params"]}
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+    """The learning rate of each parameter that an optimizer moves, a number or a tensor, by the parameter's id."""
+    return {id(p): group.get("lr", 0.0) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    stepped = _rates(optimizer)
     seen: set[int] = set()
-    for state, _lr in _stepping(optimizer, "penalty"):
+    for state, _lr in _stepping(stepped, "penalty"):
         _add_penalty(state, seen)
-    for state, _lr in _stepping(optimizer, "before_step"):
+    for state, _lr in _stepping(stepped, "before_step"):
         with torch.no_grad():
             state.method.before_step(state.raw())
-    stepped = _rates(optimizer)
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
@@ -612,10 +618,10 @@ def _add_penalty(state: State, seen: set[int]) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Some optimizers write through parameter.data, which no version counter sees.
-    for state, lr in _stepping(optimizer, "after_step"):
+    stepped = _rates(optimizer)
+    for state, lr in _stepping(stepped, "after_step"):
         with torch.no_grad():
             state.method.after_step(state.raw(), lr)
-    stepped = _rates(optimizer)
     layers: list[Any] = list(_ADAPTED)
     for layer in layers:
         if layer.live is None:

@@ -725,8 +725,11 @@ def same_seed_same_adapter(method: Method) -> None:
     _promise(torch.equal(torch.get_rng_state(), state), "the start moves the global generator")
     torch.manual_seed(2)
     _promise(_equal(_init(method, "up", seed=0), one), "the start reads the global generator")
-    if not _equal(_init(method, "up", seed=1), one):
-        _promise(not _equal(_init(method, "again", seed=0), one), "two layers of one shape got the same random numbers")
+    own = [key for key in one if key not in method.shares()]
+    other, beside = _init(method, "up", seed=1), _init(method, "again", seed=0)
+    if any(not torch.equal(other[key], one[key]) for key in own):
+        differ = any(not torch.equal(beside[key], one[key]) for key in own)
+        _promise(differ, "two layers of one shape got the same random numbers")
     whole, part = _net(), _net()
     _attach(whole, method)
     _attach(part, method, targets="again")
@@ -782,17 +785,28 @@ def rows_equal_rows_alone(method: Method) -> None:
 
 @law
 def counts_what_it_trains(method: Method) -> None:
-    """``trained_count`` is the count of numbers that train, at every shape, and so is the plan made before attaching."""
+    """``trained_count`` is the count of numbers that train, at every shape, ``shared_count`` of those that its sites share, and so is
+    the plan made before attaching."""
     model = _net()
     planned = models.plan(model, method)
     _attach(model, method)
+    shapes = set()
     for name, state in models.states(model, "default").items():
         layer: Any = model.get_submodule(name)
-        found = sum(parameter.numel() for parameter in state.learned().values() if parameter.requires_grad)
-        declared = state.method.trained_count(tuple(layer.weight.shape))
+        shape, shared = tuple(layer.weight.shape), state.method.shares()
+        counts = {k: p.numel() for k, p in state.learned().items() if p.requires_grad}
+        found = sum(count for k, count in counts.items() if k not in shared)
+        declared = state.method.trained_count(shape)
         _promise(found == declared, f"{name}: {found} numbers train, trained_count declares {declared}")
+        together, declared = sum(counts.values()) - found, state.method.shared_count(shape)
+        _promise(together == declared, f"{name}: {together} numbers are shared, shared_count declares {declared}")
+        found += 0 if shape in shapes else together
+        shapes.add(shape)
         if not method.chooses_together():  # whose plan knows the sum and not yet the parts
             _promise(found == planned[name], f"{name}: {found} numbers train, the plan says {planned[name]}")
+    notes = tuple(f".{name}" for name in method.carriers())
+    whole = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.endswith(notes))
+    _promise(whole == sum(planned.values()), f"{whole} numbers train, the plan says {sum(planned.values())} in all")
 
 
 @law
@@ -1030,14 +1044,15 @@ def switches_and_stacks_with_any(method: Method) -> None:
         _attach(model, method, "mine")
         _stir(model, "mine")
         mine = model(x)
-        _attach(model, cls(**cls.small[0]), "other", seed=1)
+        another = cls(**cls.small[0])
+        _attach(model, another, "other", seed=1)
         _stir(model, "other", seed=1)
         other = model(x)
         for one, expected in (("mine", mine), ("other", other), (None, base), ("mine", mine)):
             models.activate(model, *([one] if one else []))
             _same(model(x), expected, f"output of {one or 'the base'} after switching, beside {name}")
         for names in (("mine", "other"), ("other", "mine")):
-            both: dict[str, Method | type[Method]] = {"mine": method, "other": cls}
+            both = {"mine": method, "other": another}
             low, high = (both[each] for each in names)
             what = f"{' then '.join(names)} stacked, other is {name}"
             if high.reads_weights_below and not low.mergeable:

@@ -48,6 +48,7 @@ class Start:
 
     Attributes:
         key: 63 random bits that depend on the seed and on the site's name, and on nothing else.
+        common: as many that depend on the seed and on the weight's shape: alike wherever tensors are shared.
         gradient: (O, I) float32 or wider, the loss gradient of the base summed over the calibration data.
         fisher: (O, I), the squares of the batches' gradients, summed.
         inputs: (I,), the norm of each input of the layer over all tokens of the calibration data.
@@ -63,6 +64,7 @@ class Start:
     """
 
     key: int
+    common: int = 0
     gradient: Tensor | None = None
     fisher: Tensor | None = None
     inputs: Tensor | None = None
@@ -114,9 +116,11 @@ class Method(Named, ABC):
     reads_weights_below: ClassVar[bool] = False  # whether its forward asks for the weight of all that lies below
     starts_as_identity: ClassVar[bool] = True
     default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
+    watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward: p.seen
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # names of trained tensors (up, down) whose product acts: B, A
+    allots: ClassVar[str] = ""  # what ``reallocate`` deals out among the sites: entries, ranks
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason
 
@@ -150,7 +154,7 @@ class Method(Named, ABC):
 
     @abstractmethod
     def trained_count(self, shape: tuple[int, int]) -> int:
-        """Trained numbers at a weight of this (O, I)."""
+        """Trained numbers at a weight of this (O, I), without those that it shares."""
 
     def stays_wide(self) -> frozenset[str]:
         """Tensors of the state that ``p`` keeps as they are stored, because x's dtype would lose what was trained."""
@@ -159,6 +163,18 @@ class Method(Named, ABC):
     def carriers(self) -> frozenset[str]:
         """Parameters of the state whose gradients are notes from the forward (``forms.carry``), which no optimizer moves."""
         return frozenset()
+
+    def invoked_by(self) -> tuple[int, ...]:
+        """Tokens that a row must have, one behind the other, for the method to do anything there; none: it acts in every row."""
+        return ()
+
+    def shares(self) -> frozenset[str]:
+        """Trained tensors that are one for all sites of a shape. :meth:`init` makes them alike there, of ``start.common``."""
+        return frozenset()
+
+    def shared_count(self, shape: tuple[int, int]) -> int:
+        """Trained numbers of the tensors that :meth:`shares` names, once for all weights of this (O, I)."""
+        return 0
 
     def plan(self, p: Any) -> tuple[Tensor, ...]:
         """Constants that follow from the state and are not saved with it; made once, met again as ``p.plan``."""
@@ -179,6 +195,15 @@ class Method(Named, ABC):
     def after_step(self, p: Any, lr: float) -> None:  # most methods have nothing to do here
         """Called after every optimizer step that this state took part in; may write tensors of the state, in place. ``lr`` is the
         learning rate that the optimizer has for the state's first trained tensor."""
+
+    def reallocate(self, states: Mapping[str, Any], step: int, steps: int) -> Mapping[str, int]:
+        """Give and take between the sites after optimizer step ``step`` (from 1) of ``steps``: may write constants of ``states``, p by
+        site, in place, and depends on nothing else, so that a resumed run goes on alike. See :func:`intarsia.allocators.reallocate`.
+
+        Returns:
+            How much each site has now, of what :attr:`allots` names; empty where nothing was due.
+        """
+        return {}
 
     def check(self, site: Site) -> str | None:
         """Why this method cannot sit at the site, or None."""
@@ -220,6 +245,13 @@ class Method(Named, ABC):
         """
         return {name: (self, {}) for name in sites}
 
+    def prefix(self, edit: Edit, rank: int) -> Edit:
+        """What the first ``rank`` ranks of an edit do alone. Raises IntarsiaError where they were not trained for that."""
+        raise IntarsiaError(
+            f"the first ranks of {self.name} are no adapter of their own (those of dylora are); the nearest change of a lower rank is "
+            "another one: intarsia compress --to low-rank"
+        )
+
     def at(self, edit: Edit, site: Site) -> Method:
         """The method as it was at a site, from the edit that it made there."""
         return self
@@ -248,7 +280,7 @@ class Method(Named, ABC):
 
     def wants_callback(self) -> bool:
         """Whether something is to be called between steps, besides the hooks that every optimizer calls by itself."""
-        return any(self.moves(step, 1000) for step in range(1, 1001))
+        return type(self).reallocate is not Method.reallocate or any(self.moves(step, 1000) for step in range(1, 1001))
 
     def grows_by(self) -> str:
         """The scorer by which a support that moves grows."""

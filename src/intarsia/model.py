@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Progress, gather
-from intarsia.edits import SITS_AT
+from intarsia.edits import SITS_AT, Seen
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.operators import PLAIN, STACK
@@ -57,6 +57,7 @@ class _Record:
     required_grad: dict[str, bool]  # of the base's parameters, to be given back
     ddp_ignored: list[str] | None  # what DistributedDataParallel was to leave alone before
     active: tuple[str, ...] = ()  # in order; a layer knows only those that it has
+    seen: dict[str, Seen] = field(default_factory=dict)  # of adapters that ask for the model's tokens
     avoided: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by adapter and site; none of a loaded one
 
 
@@ -170,7 +171,8 @@ def plan(
 ) -> dict[str, int]:
     """What :func:`attach` would train: numbers by the name of each layer that would get an adapter. Changes nothing.
 
-    Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan.
+    Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan. What
+    layers share counts at the first of them.
 
     Raises:
         IntarsiaError: for targets that match nothing, or of which the method takes none, or that it does not fit; for an
@@ -178,7 +180,12 @@ def plan(
     """
     others = _to_avoid(model, method, avoid)
     sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude)))
-    return {n: m.trained_count(sites[n].shape) for n, m in _planned(method, sites, 0).items()}
+    found, shared = {}, set()
+    for name, here in _planned(method, sites, 0).items():
+        shape = sites[name].shape
+        found[name] = here.trained_count(shape) + (0 if shape in shared else here.shared_count(shape))
+        shared.add(shape)
+    return found
 
 
 def _planned(method: Method, sites: Mapping[str, Site], seed: int) -> dict[str, Method]:
@@ -234,10 +241,14 @@ def _start(
 ) -> dict[str, chain.State]:
     states: dict[str, chain.State] = {}
 
+    def starting(name: str, found: Mapping[str, Any]) -> Start:
+        rows, columns = sites[name].shape
+        return Start.at(name, seed, common=Start.at(f"shape {rows} x {columns}", seed).key, **found)
+
     def make(name: str, here: Method, found: Mapping[str, Any]) -> None:
         site = sites[name]
         with torch.no_grad():
-            states[name] = chain.State(here, site, here.init(site, Start.at(name, seed, **found)))
+            states[name] = chain.State(here, site, here.init(site, starting(name, found)))
             if site.avoid is not None:
                 disjoint.require_disjoint(name, here.edit(states[name].raw()), site.avoid)
         if progress:
@@ -250,7 +261,7 @@ def _start(
         if originals:
             found["original"] = originals[name].to(sites[name].weight.device)
         if method.chooses_together():
-            surveys.set(name, method.survey(sites[name], Start.at(name, seed, **found)))
+            surveys.set(name, method.survey(sites[name], starting(name, found)))
         else:
             make(name, method, found)
 
@@ -266,7 +277,21 @@ def _start(
         if method.chooses_together():
             for name, (here, found) in method.settle(sites, surveys.tensors, seed).items():
                 make(name, here, found)
-    return {name: states[name] for name in sites if name in states}
+    found = {name: states[name] for name in sites if name in states}
+    _tie(found)
+    return found
+
+
+def _tie(states: Mapping[str, chain.State]) -> None:
+    """Make the tensors that sites of one shape share one parameter. Raises IntarsiaError where their numbers differ."""
+    first: dict[tuple[Any, ...], tuple[str, nn.Parameter]] = {}
+    for site, state in states.items():
+        for name in sorted(state.method.shares()):
+            mine = state.get_parameter(name)
+            other, one = first.setdefault((name, state.shape, mine.dtype, mine.device), (site, mine))
+            if one.shape != mine.shape or not torch.equal(one, mine):
+                raise IntarsiaError(f"{name} of {site} is to be that of {other}, and has other numbers")
+            setattr(state, name, one)
 
 
 def _put_on(
@@ -287,6 +312,11 @@ def _put_on(
         record(model).adapters[name] = attached
         if avoided is not None:
             record(model).avoided[name] = dict(avoided)
+        if attached.method.watches:
+            seen = record(model).seen[name] = Seen()
+            seen.watch(model)
+            for state in states.values():
+                state.seen = seen
         shared = {site: partners(model, site).items() for site in states}
         for site, state in states.items():
             with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
@@ -375,6 +405,8 @@ def _remove(model: nn.Module, name: str) -> None:
             chain.take_off(layer, name)
     del record(model).adapters[name]
     record(model).avoided.pop(name, None)
+    if name in record(model).seen:
+        record(model).seen.pop(name).leave(model)
     _tell_ddp(model)
     if not record(model).adapters:
         _give_back(model)
@@ -482,11 +514,19 @@ def digest(model: nn.Module) -> str:
         return store.weights_digest((k + rest, t) for k, w in named for rest, t in packing_of(w).stored(w).items())
 
 
-def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Every tensor of an adapter, supports included, by ``<site>/<tensor>``; for training checkpoints."""
+def _by_name(model: nn.Module, name: str) -> dict[tuple[str, str], tuple[str, Tensor]]:
+    """Every tensor of an adapter by (site, name): under which name it is saved, which is the first site's where several share it."""
+    first: dict[int, str] = {}
     return {
-        f"{site}/{k}": t.detach() for site, state in states(model, name).items() for k, t in state.tensors().items()
+        (site, k): (first.setdefault(id(t), f"{site}/{k}"), t)
+        for site, state in states(model, name).items()
+        for k, t in state.tensors().items()
     }
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every tensor of an adapter, supports included, by ``<site>/<tensor>``, one that sites share once; for training checkpoints."""
+    return {key: tensor.detach() for key, tensor in _by_name(model, name).values()}
 
 
 def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
@@ -495,7 +535,7 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
     Raises:
         IntarsiaError: listing every missing, extra or misshapen tensor.
     """
-    wanted = {f"{site}/{k}": t for site, state in states(model, name).items() for k, t in state.tensors().items()}
+    wanted = dict(_by_name(model, name).values())
     faults = [f"missing {k}" for k in sorted(wanted.keys() - saved.keys())]
     faults += [f"unexpected {k}" for k in sorted(saved.keys() - wanted.keys())]
     faults += [
@@ -518,8 +558,10 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
 
 def _check_numbers(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
     """Raise for indices out of range and numbers that are not finite, by building the edits that the state would make."""
+    called = _by_name(model, name)
     for site, state in states(model, name).items():
-        p = chain.Tensors({k: saved[f"{site}/{k}"] for k in state.tensors()}, state.shape, operator=state.operator)
+        given = {k: saved[called[site, k][0]] for k in state.tensors()}
+        p = chain.Tensors(given, state.shape, operator=state.operator)
         edit = state.method.edit(p)
         try:
             edit.made_of(edit.tensors())
@@ -616,6 +658,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
             with torch.no_grad():
                 here = method.at(edit, site)
                 made[n] = chain.State(here, site, here.restore(edit, site))
+        _tie(made)
     _put_on(model, name, attached, made)
     return name
 

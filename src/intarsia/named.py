@@ -14,9 +14,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 from intarsia.errors import IntarsiaError, nearest
 
 
-def option(default: Any, help: str) -> Any:
-    """A hyperparameter: its default and one line for the command line, the docs and the config schema."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, tokens: bool = False) -> Any:
+    """A hyperparameter: its default and one line for the command line, the docs and the config schema.
+
+    ``tokens``: a list of token numbers. Methods know no tokenizer; who has one may be given the text (:func:`registry.with_tokens`).
+    """
+    return field(default=default, metadata={"help": help} | ({"tokens": True} if tokens else {}))
 
 
 class Named:
@@ -29,15 +32,19 @@ class Named:
 
     def config(self) -> dict[str, Any]:
         """Name and fields as plain JSON values; an equal one is built of it."""
-        return {"name": self.name} | {
-            f.name: value.config() if isinstance(value := getattr(self, f.name), Named) else value
-            for f in dataclasses.fields(self)  # type: ignore[arg-type]
-        }
+        return {"name": self.name} | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def require(self, holds: bool, field: str, expected: str) -> None:
         """For ``__post_init__``: one readable error for a field out of its range."""
         if not holds:
             raise IntarsiaError(f"{self.name}: {field}={getattr(self, field)!r} must be {expected}")
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON gives it back: a tuple is a list there."""
+    if isinstance(value, Named):
+        return value.config()
+    return list(value) if isinstance(value, tuple) else value
 
 
 N = TypeVar("N", bound=Named)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,15 @@ from intarsia.named import Catalogue, N, Named
 METHODS: Catalogue[Method] = Catalogue("method", "intarsia.methods")
 register = METHODS.register
 OUTSIDE = "package.module:function"  # how something of another package is named
-# Those that have systems which are no methods:
-ROOMS = ("intarsia.analyze", "intarsia.compress", "intarsia.merge", "intarsia.shrink")
+# That have systems which are no methods:
+ROOMS = (
+    "intarsia.allocators",
+    "intarsia.analyze",
+    "intarsia.compress",
+    "intarsia.merge",
+    "intarsia.optim",
+    "intarsia.shrink",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Variant:
     formula: str
     paper: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    trained: str = ""  # where the fields change it
+    role: str = ""  # likewise
 
 
 _VARIANTS = {
@@ -72,7 +81,16 @@ _VARIANTS = {
             "arXiv:2110.07560",
             {"scorer": "movement", "budget": "model"},
         ),
+        Variant("bat", "bone", "BAT", "W' = W + W_pq B_p + B_p", "arXiv:2409.15371", {"variant": "bat"}),
+        Variant("miss", "bone", "MiSS", "W' = W + [D D ... D]^T", "arXiv:2409.15371"),
+        Variant(
+            "inttune", "nlora", "IntTune", "W' = W + s B (N - N0) A", "arXiv:2502.14482", {"trains": "core"}, "r^2"
+        ),
+        Variant(
+            "pissa", "lora", "PiSSA", "W' = W + s (B A - B0 A0)", "arXiv:2404.02948", {"start": "pissa"}, role="init"
+        ),
         Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),
+        Variant("slora", "nlora", "SLoRA", "W' = W + s B N A", "arXiv:2502.14482", {"start": "slora"}),
         Variant(
             "supra",
             "rosa",
@@ -108,6 +126,7 @@ _ASKED = {
     "magnitudes": "data",
     "gram": "data",
     "mean": "data",
+    "observed": "data",
     "movement": "first training",
     "original": "original",
 }
@@ -213,6 +232,28 @@ def imported(what: str, name: str) -> Any:
         raise IntarsiaError(
             f"{what} {name!r}: {error}; expected {OUTSIDE!r}, importable from where this runs"
         ) from error
+    return found
+
+
+def with_tokens(config: Mapping[str, Any], tokens_of: Callable[[str], Sequence[int]]) -> dict[str, Any]:
+    """A method's config with texts turned into token numbers, in the fields that say so (``option(..., tokens=True)``).
+
+    Methods know no tokenizer; whoever has one calls this before :func:`build`.
+
+    Raises:
+        IntarsiaError: for a text that is no token at all.
+    """
+    found = dict(config)
+    for each in dataclasses.fields(find(config["name"])):  # type: ignore[arg-type]
+        text = config.get(each.name)
+        if isinstance(text, Mapping) and "name" in text:
+            found[each.name] = with_tokens(text, tokens_of)
+        elif isinstance(text, str) and each.metadata.get("tokens"):
+            found[each.name] = list(tokens_of(text))
+            if not found[each.name]:
+                raise IntarsiaError(
+                    f"{config['name']}: {each.name}={text!r} makes no token; give a text of one or more"
+                )
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -16,13 +18,17 @@ def _theirs(**config) -> torch.nn.Module:
     return model
 
 
+def _layer(model: torch.nn.Module, site: str) -> Any:
+    return model.get_submodule(f"base_model.model.{site}")
+
+
 def test_pissa_is_peft_s():
     """The same product at the start, and the same output and gradients once the factors have moved alike."""
     model, other = small_net(), _theirs(r=3, lora_alpha=6, init_lora_weights="pissa")
     ia.attach(model, ia.Lora(3, 6.0, start="pissa"))
     x = some_input()
     for site in SITES:
-        mine, their = state_of(model, site), other.get_submodule(f"base_model.model.{site}")
+        mine, their = state_of(model, site), _layer(other, site)
         A, B = their.lora_A["default"].weight, their.lora_B["default"].weight
         torch.testing.assert_close(mine.B @ mine.A, B @ A, rtol=1e-4, atol=1e-6)
         # A singular vector's sign is nobody's: PEFT's factors go on from ours.
@@ -32,15 +38,49 @@ def test_pissa_is_peft_s():
     torch.testing.assert_close(other(x), small_net()(x), rtol=1e-4, atol=1e-5)
     stir(model)
     for site in SITES:
-        mine, their = state_of(model, site), other.get_submodule(f"base_model.model.{site}")
+        mine, their = state_of(model, site), _layer(other, site)
         with torch.no_grad():
             their.lora_A["default"].weight.copy_(mine.A), their.lora_B["default"].weight.copy_(mine.B)
     torch.testing.assert_close(model(x), other(x), rtol=1e-4, atol=1e-5)
     some_loss(model, x).backward(), some_loss(other, x).backward()
     for site in SITES:
-        mine, their = state_of(model, site), other.get_submodule(f"base_model.model.{site}")
+        mine, their = state_of(model, site), _layer(other, site)
         torch.testing.assert_close(mine.A.grad, their.lora_A["default"].weight.grad, rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(mine.B.grad, their.lora_B["default"].weight.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+def test_pissa_is_exported_as_peft_converts_it(tmp_path):
+    """Trained alike, PEFT's own conversion to a LoRA of the unchanged base and our export hold the same product, of rank 2 r."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    from intarsia.interop import peft_lora
+
+    model, other = small_net(), _theirs(r=3, lora_alpha=6, init_lora_weights="pissa")
+    ia.attach(model, ia.Lora(3, 6.0, start="pissa"))
+    for site in SITES:  # a singular vector's sign is nobody's: ours start as PEFT's
+        mine, their = state_of(model, site), _layer(other, site)
+        with torch.no_grad():
+            for name, tensor in (("A", their.lora_A["default"].weight), ("B", their.lora_B["default"].weight)):
+                getattr(mine, name).copy_(tensor), getattr(mine, f"{name}0").copy_(tensor)
+    other.peft_config["default"].init_lora_weights = True
+    other.save_pretrained(tmp_path / "first")
+    other.peft_config["default"].init_lora_weights = "pissa"
+    stir(model)
+    for site in SITES:
+        mine, their = state_of(model, site), _layer(other, site)
+        with torch.no_grad():
+            their.lora_A["default"].weight.copy_(mine.A), their.lora_B["default"].weight.copy_(mine.B)
+    other.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    peft_lora.write(ia.export(model), small_net(), tmp_path / "ours")
+    ours, theirs = (load_peft_weights(str(tmp_path / which)) for which in ("ours", "theirs"))
+    for site in SITES:
+        key = f"base_model.model.{site}.lora_{{}}.weight"
+        assert (
+            ours[key.format("A")].shape == theirs[key.format("A")].shape == (6, layer_of(model, site).weight.shape[1])
+        )
+        products = [found[key.format("B")] @ found[key.format("A")] for found in (ours, theirs)]
+        torch.testing.assert_close(*products, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scaling", ["lora", "rslora"])

@@ -57,10 +57,10 @@ def _row(cls: type[Method], variant: Variant | None = None) -> dict[str, Any]:
     return {
         "id": named.name,
         "kind": cls.kind,
-        "role": cls.role,
+        "role": (variant.role if variant else "") or cls.role,
         "title": named.title,
         "formula": named.formula,
-        "trained": cls.trained,
+        "trained": (variant.trained if variant else "") or cls.trained,
         "mergeable": cls.mergeable,
         "starts_as_identity": cls.starts_as_identity,
         "cost_per_token": cls.cost,
@@ -247,7 +247,12 @@ def _counts(cls: type[Method], variant: Variant | None) -> str:
         method = registry.build(variant.name if variant else cls.name)
     except TypeError:  # a method of somebody else's with a field that has no default
         return ""
-    return ", ".join(f"{method.trained_count(shape):,} of a {shape[0]} x {shape[1]} weight" for shape in EXAMPLES)
+    told = []
+    for shape in EXAMPLES:
+        shared = method.shared_count(shape)
+        once = f" and {shared:,} of all of that shape together" if shared else ""
+        told.append(f"{method.trained_count(shape):,} of a {shape[0]} x {shape[1]} weight{once}")
+    return ", ".join(told)
 
 
 def _yaml(value: Any) -> str:

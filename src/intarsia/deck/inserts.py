@@ -8,7 +8,7 @@ leaves neither hook nor attribute. Both steps can be done twice, so that whateve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain
-from intarsia.edits import Insert
+from intarsia.edits import Insert, Seen
 from intarsia.errors import IntarsiaError
 
 HELD = "_intarsia_inserts"  # the layer's attribute
@@ -69,6 +69,7 @@ def prepared(
     layer_of: Callable[[str], nn.Module],
     base_of: Callable[[str], Tensor],
     dtype_of: Callable[[str], torch.dtype],
+    seen: Seen,
 ) -> dict[str, Together]:
     """What is to stand beside the layers, by weight: all that can be done before a layer is touched.
 
@@ -76,6 +77,7 @@ def prepared(
         layer_of: the layer of a weight.
         base_of: the base's matrix of a weight (O, I), whatever is set in.
         dtype_of: what the layer computes in.
+        seen: what tells the tokens of the model's forward, to functions that ask for them.
 
     Raises:
         IntarsiaError: where an adapter sits on the layer, and where the numbers are not finite in its dtype.
@@ -96,12 +98,22 @@ def prepared(
                 f"{weight}: the insert beside it has numbers that are not finite in {dtype_of(weight)}; the strength is too large or "
                 "the adapter is broken. Nothing was changed"
             )
-        found[weight] = Together(tuple(ready))
+        found[weight] = Together(tuple(replace(one, inserted=one.inserted.watching(seen)) for one in ready))
     return found
 
 
-def exchange(old: Mapping[str, Together], new: Mapping[str, Together], layer_of: Callable[[str], nn.Module]) -> None:
-    """Make ``new`` stand beside the layers, and nothing else of ``old``."""
+def exchange(
+    old: Mapping[str, Together],
+    new: Mapping[str, Together],
+    layer_of: Callable[[str], nn.Module],
+    model: nn.Module,
+    seen: Seen,
+) -> None:
+    """Make ``new`` stand beside the layers, and nothing else of ``old``; let ``seen`` watch the model where one of them asks."""
+    if any(insert.inserted.watches for together in new.values() for insert in together.inserts):
+        seen.watch(model)
+    else:
+        seen.leave(model)
     for weight in old:
         if weight not in new:
             take_away(layer_of(weight))

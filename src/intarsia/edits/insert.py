@@ -28,6 +28,8 @@ class Inserted(ABC):
     """A function g of rows of numbers, (..., n) -> (..., m). Its tensors are fields, named as in a file."""
 
     what: ClassVar[str]  # its name in a file
+    watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward
+    wide: ClassVar[frozenset[str]] = frozenset()  # tensors that are never rounded
 
     @abstractmethod
     def __call__(self, v: Tensor) -> Tensor:
@@ -58,6 +60,14 @@ class Inserted(ABC):
     @abstractmethod
     def multiplications(self) -> int:
         """Of numbers, for one token."""
+
+    def watching(self, seen: Any) -> Self:
+        """The same function, told of the tokens by an :class:`intarsia.edits.Seen`, where it asks for them."""
+        return self
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """The same function with its numbers rounded to a narrower type; what must stay wide stays."""
+        return replace(self, **{k: t.to(dtype) for k, t in self.tensors().items() if k not in self.wide})
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same function of changed tensors."""
@@ -116,11 +126,10 @@ class Insert(Edit):
         inserted, place = self.inserted.mapped(lambda tensor: tensor.to(wide)).times(factor * self.scale), self.place
         if place == "before":
             inserted, place = inserted.through(base().to(wide)), "parallel"
-        return replace(self, inserted=inserted.mapped(lambda tensor: tensor.to(dtype)), place=place, scale=1.0)
+        return replace(self, inserted=inserted.cast(dtype), place=place, scale=1.0)
 
     def rounded(self, dtype: torch.dtype) -> Edit:
-        # A number that stands alone multiplies all of the function, and takes no room.
-        return replace(self, inserted=self.inserted.mapped(lambda tensor: tensor.to(dtype) if tensor.ndim else tensor))
+        return replace(self, inserted=self.inserted.cast(dtype))
 
     def in_weight(self) -> None:
         return None

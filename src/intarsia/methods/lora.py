@@ -50,7 +50,8 @@ class Lora(Factored):
         return find(self.start).settle is not None
 
     def survey(self, site, start):
-        return find(self.start).survey(self, site, start)
+        looked = find(self.start).survey
+        return looked(self, site, start) if looked else super().survey(site, start)
 
     def settle(self, sites, surveys, seed):
         chosen = find(self.start).settle
