@@ -62,11 +62,13 @@ class Lora(Factored):
         return found(self, edit, site) if found else self
 
     def observer(self, site):
-        return find(self.start).observer(self, site)
+        looks = find(self.start).observer
+        return looks(self, site) if looks else super().observer(site)
 
     def confer(self, observers):
-        if find(self.start).confer:
-            find(self.start).confer(self, observers)
+        settles = find(self.start).confer
+        if settles:
+            settles(self, observers)
 
     def init(self, site, start):
         made = make(self.start, self, site, start, self.shapes(site.shape))
