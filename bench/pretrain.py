@@ -1,6 +1,6 @@
 """A small Llama of bytes from scratch, by several optimizers: held-out loss against bytes of optimizer state.
 
-    python bench/pretrain.py [--steps 200] [--json bench/results/pretrain.json] [--plot docs/images/pretrain.png]
+    python bench/pretrain.py [--steps 150] [--json bench/results/pretrain.json] [--plot docs/images/pretrain.png]
     python bench/pretrain.py --rates 1e-3 3e-3 1e-2 --only "Fira r=8"        to find a contender's rate
 
 What is trained on what: intarsia.bench.pretrain.
@@ -18,7 +18,7 @@ from intarsia.bench.pretrain import CONTENDERS, Outcome, run
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--steps", type=int, default=200)
+    arguments.add_argument("--steps", type=int, default=150)
     arguments.add_argument("--only", action="append", help="contenders by name")
     arguments.add_argument("--rates", type=float, nargs="*", help="try these instead of each one's own")
     arguments.add_argument("--json", type=Path, help="write the outcomes to this file")

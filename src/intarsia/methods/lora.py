@@ -62,12 +62,13 @@ class Lora(Factored):
         return known.at(self, edit, site) if known and known.at else self
 
     def observer(self, site):
-        made = find(self.start).observer
-        return made(self, site) if made else super().observer(site)
+        looks = find(self.start).observer
+        return looks(self, site) if looks else super().observer(site)
 
     def confer(self, observers):
-        if confer := find(self.start).confer:
-            confer(self, observers)
+        settles = find(self.start).confer
+        if settles:
+            settles(self, observers)
 
     def init(self, site, start):
         made = make(self.start, self, site, start, self.shapes(site.shape))

@@ -28,5 +28,14 @@ def cut() -> list[Seen]:
             shrink.factorize(thin, known, share, always=True)
             with torch.no_grad():
                 lost[by] = float((thin(held) - net(held)).norm() / net(held).norm())
-        rows.append(Seen(f"relative error of held-out outputs at {share:.0%} rank", "lord", lost["outputs"], "SVD of the weights", lost["weight"], "lower"))
+        rows.append(
+            Seen(
+                f"relative error of held-out outputs at {share:.0%} rank",
+                "lord",
+                lost["outputs"],
+                "SVD of the weights",
+                lost["weight"],
+                "lower",
+            )
+        )
     return rows
