@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import peft
@@ -127,6 +128,20 @@ def test_an_initialiser_of_another_package():
     ia.attach(model, ia.Lora(2, start=f"{__name__}:ones"), data=[x], loss=some_loss)
     assert torch.equal(model(x), small_net()(x))
     assert bool((state_of(model, "up").A == 1).all())
+
+
+def test_a_file_imports_no_initialiser(tmp_path, monkeypatch):
+    """What it made is in the file; whoever loads it need not have it."""
+    model = small_net()
+    ia.attach(model, ia.Lora(2, start=f"{__name__}:ones"), data=[some_input()], loss=some_loss)
+    stir(model)
+    folder = ia.save(model, tmp_path / "a")
+    head = (folder / "adapter.json").read_text()
+    monkeypatch.setattr(sys.modules[initialiser.__module__], "imported", lambda *_: pytest.fail("it was imported"))
+    other = small_net()
+    ia.load(other, folder)
+    assert f"{__name__}:ones" in head
+    assert torch.equal(other(some_input()), model(some_input()))
 
 
 @pytest.mark.parametrize(
