@@ -44,10 +44,11 @@ def plot(outcomes: list[Outcome], file: Path) -> None:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     curves, sizes = figure.subplots(1, 2)
-    for each in outcomes:
+    for number, each in enumerate(outcomes):
         (line,) = curves.plot(*zip(*each.curve, strict=True), marker=".", label=each.name)
         sizes.plot(each.state / 2**10, each.loss, "o", color=line.get_color())
-        sizes.annotate(each.name, (each.state / 2**10, each.loss), (5, 4), textcoords="offset points", fontsize=8)
+        beside = (5, 4) if number % 2 == 0 else (5, -10)  # two that lie on each other are told apart
+        sizes.annotate(each.name, (each.state / 2**10, each.loss), beside, textcoords="offset points", fontsize=8)
     curves.set(xlabel="optimizer step", ylabel="held-out loss, nats a byte")
     curves.legend(fontsize=8, frameon=False)
     sizes.set(xlabel="optimizer state, KiB", ylabel="held-out loss at the end")

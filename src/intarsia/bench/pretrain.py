@@ -87,11 +87,12 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 def optimizer_of(contender: Contender, model: nn.Module) -> torch.optim.Optimizer:
     """Embeddings, norms and the head learn at one rate under all of them, so that what differs is how the matrices do."""
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for part in parts(model):
         matrix = not part.embedding and part.role in ("matrix", "up", "down")
         (matrices if matrix else others).append(part.parameter)
-    groups = [{"params": matrices}, {"params": others, "lr": REST_LR}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "lr": REST_LR}]
     if contender.optimizer is None:
         return torch.optim.AdamW(groups, lr=contender.lr, weight_decay=0.0)
     groups[1]["project"] = False
