@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from intarsia.deck import Deck
     from intarsia.distributed import load_checkpoint, replicate, save_checkpoint, shard
     from intarsia.method import Method
-    from intarsia.methods import Dora, Lora, Paca, S2ft, Shira
+    from intarsia.methods import Dora, Lora, Paca, Prefix, Prompt, S2ft, Shira
     from intarsia.model import (
         activate,
         active_names,

@@ -18,20 +18,22 @@ from torch import Tensor, nn
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Progress, gather
-from intarsia.edits import SITS_AT
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
-from intarsia.operators import PLAIN, STACK, Operator, operator_of
+from intarsia.operators import PLAIN, STACK, Operator
 from intarsia.site import (
     ALL_LINEAR,
     Site,
     adaptable_layers,
+    every_layer,
     find_sites,
     layer_at,
+    operator_at,
     partners,
     site_at,
     unfit,
     weight_name,
+    weight_of,
 )
 
 
@@ -82,7 +84,7 @@ def attach(
     """Freeze the base, put one adapter on every targeted layer, and make it the only active one. In place.
 
     Args:
-        targets: see :mod:`intarsia.site`; every pattern must match something.
+        targets: see :mod:`intarsia.site`; every pattern must match something. The default is ``method.usual``.
         avoid: adapters of this base (folders, or :class:`intarsia.Adapter`) whose entries this one leaves alone, so that
             fusing them keeps the values of each to the bit. For methods that choose a support.
         data: calibration batches for methods that choose by gradients or inputs (``method.needs()``): mappings of the
@@ -102,7 +104,7 @@ def attach(
     _free(model)
     _check_name(model, name)
     targets, exclude = _patterns(targets), _patterns(exclude)
-    targeted = find_sites(model, targets, exclude)
+    targeted = find_sites(model, targets, exclude, method.usual)
     others = _to_avoid(model, method, avoid)
     if "movement" in method.needs() and gathered is None:
         raise IntarsiaError(
@@ -174,7 +176,7 @@ def plan(
             adapter to avoid that is of another base or leaves too little.
     """
     others = _to_avoid(model, method, avoid)
-    sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude)))
+    sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude, method.usual)))
     return {n: m.trained_count(sites[n].shape) for n, m in _planned(method, sites, 0).items()}
 
 
@@ -547,12 +549,12 @@ def export(
 def base_of(model: nn.Module, weights: Iterable[str]) -> tuple[store.Base, dict[str, Any]]:
     """What an adapter's file says of its base and of how the weights, named as in the model, are stored there."""
     weights = list(weights)
-    named = {weight_name(model, name): layer for name, layer in adaptable_layers(model).items()}
+    named = {weight_name(model, name): layer for name, layer in every_layer(model).items()}
     layouts = {
-        weight: operator.layout for weight in weights if isinstance(operator := operator_of(named[weight]), Operator)
+        weight: operator.layout for weight in weights if isinstance(operator := operator_at(named[weight]), Operator)
     }
     otherwise = {weight: layout for weight, layout in layouts.items() if layout != PLAIN}
-    base = store.Base(digest(model), _dtype(model, weights), _source(model))
+    base = store.Base(digest(model), _dtype(named[weights[0]]), _source(model))
     return base, {"layouts": otherwise} if otherwise else {}
 
 
@@ -601,7 +603,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
     attached = _made(adapter, str(folder))
     method = attached.method
     check_fits(model, adapter, str(folder), None if any_base else digest(model))
-    names = [n for n in adaptable_layers(model) if weight_name(model, n) in adapter.edits]
+    names = [n for n in every_layer(model) if weight_name(model, n) in adapter.edits]
     with _base_bits(model):
         sites = {n: site_at(model, n) for n in names}
         made = {}
@@ -648,8 +650,8 @@ def check_fits(
     """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model.
 
     ``otherwise``: what to do about another base, besides loading that one."""
-    names = {weight_name(model, name): name for name in adaptable_layers(model)}
-    weights = {weight: operator_of(layer_at(model, name)) for weight, name in names.items()}
+    names = {weight_name(model, name): name for name in every_layer(model)}
+    weights = {weight: operator_at(layer_at(model, name)) for weight, name in names.items()}
     layouts = adapter.about.get("layouts", {})
     faults = []
     for name, edit in adapter.outlines.items():
@@ -660,9 +662,10 @@ def check_fits(
             faults.append(f"{name}: {operator}")
         elif (found := site_at(model, name.removesuffix(".weight")).shape) != tuple(edit.shape):
             faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
-        elif edit.inserts() and operator.kind not in SITS_AT:
+        elif wrong := [insert for _, insert in edit.inserts() if operator.kind not in insert.sits_at]:
             faults.append(
-                f"{name}: an insert acts beside layers of the kind {', '.join(SITS_AT)}; this one is of the kind {operator.kind}"
+                f"{name}: an insert ({wrong[0].inserted.what}) acts at layers of the kind {', '.join(wrong[0].sits_at)}; this one is of "
+                f"the kind {operator.kind}"
             )
         elif (said := layouts.get(name, PLAIN) if isinstance(layouts, Mapping) else "?") != operator.layout:
             faults.append(f"{name}: the adapter edits a weight stored {said}, the model stores it {operator.layout}")
@@ -674,7 +677,7 @@ def check_fits(
         more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
         raise IntarsiaError(f"{where} does not fit this model:\n  " + "\n  ".join(faults[:8] + more))
     if base_digest is not None and base_digest != adapter.base.digest:
-        dtype = _dtype(model, adapter.edits)
+        dtype = _dtype(layer_at(model, names[next(iter(adapter.edits))]))
         why = (
             f"it was made on {adapter.base.dtype}, this model is {dtype}"
             if dtype != adapter.base.dtype
@@ -760,8 +763,8 @@ def _only(model: nn.Module) -> str:
     return names[0]
 
 
-def _dtype(model: nn.Module, weights: Iterable[str]) -> str:
-    weight = model.get_parameter(next(iter(weights)))
+def _dtype(layer: nn.Module) -> str:
+    weight = weight_of(layer)
     return packing_of(weight).name(weight)
 
 

@@ -11,7 +11,7 @@ from intarsia.bases import packing_of
 from intarsia.edits import memory
 from intarsia.errors import IntarsiaError
 from intarsia.operators import Operator, operator_of
-from intarsia.site import adaptable_layers, weight_name
+from intarsia.site import adaptable_layers, decoders, weight_name, weight_of
 
 
 class Weights:
@@ -29,18 +29,20 @@ class Weights:
         self._operators = {
             weight_name(model, name): operator_of(layer) for name, layer in adaptable_layers(model).items()
         }
+        self._decoders = decoders(model)
         self._watched = {name: _Watched(*self._owners[name]) for name in self._operators}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._owners[name][2]
 
     def layer(self, name: str) -> nn.Module:
-        """The layer whose weight it is."""
-        return self._owners[name][0]
+        """The layer whose weight it is, or the decoder of that name."""
+        return self._decoders[name] if name in self._decoders else self._owners[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         """What its layer computes in."""
-        return packing_of(self[name]).dtype(self[name])
+        weight = weight_of(self._decoders[name]) if name in self._decoders else self[name]
+        return packing_of(weight).dtype(weight)
 
     @property
     def adaptable(self) -> list[Tensor]:

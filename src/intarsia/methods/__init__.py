@@ -5,6 +5,8 @@ from intarsia.methods.dora import Dora
 from intarsia.methods.lora import Lora
 from intarsia.methods.mosa import Mosa
 from intarsia.methods.paca import Paca
+from intarsia.methods.prefix import Prefix
+from intarsia.methods.prompt import Prompt
 from intarsia.methods.rosa import Rosa
 from intarsia.methods.s2ft import S2ft
 from intarsia.methods.shira import Shira
@@ -13,4 +15,4 @@ from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
-__all__ = ["Bottleneck", "Dora", "Lora", "Mosa", "Paca", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = ["Bottleneck", "Dora", "Lora", "Mosa", "Paca", "Prefix", "Prompt", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
