@@ -331,7 +331,7 @@ class Decoding:
     base_class: type[nn.Module]
     takes: tuple[str, ...]  # names of what its forward is given, in order
 
-    def run(self, operator: Operator, rows: Rows, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    def run(self, operator: Any, rows: Rows, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
         """The base's forward of what was given in order and by name, with something before the tokens of some rows."""
         own = self.base_class.forward
         return run(self, operator, own, {**dict(zip(self.takes, given, strict=False)), **named}, rows)  # type: ignore[arg-type]
@@ -345,7 +345,7 @@ class AdaptedDecoder(Decoding, Adapted):
     @property
     def weight(self) -> Tensor:
         """What the state's numbers are like, in type and place."""
-        return weight_of(self)
+        return self.get_input_embeddings().weight  # type: ignore[attr-defined, no-any-return]
 
     def forward(self, *given: Any, **named: Any) -> Any:
         if self.rows is not None:

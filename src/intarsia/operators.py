@@ -329,6 +329,7 @@ class Decoder(_OfModule):
     layers: int = 0  # that cache keys and values; 0: none does, as in an encoder
     heads: int = 0  # of keys and values
     width: int = 0  # of one head
+    counted: bool = False  # whether it can be given the tokens' positions, the first of which is 0
     embed_scale: float = 1.0  # that the embedding itself multiplies its rows by
 
     @property
@@ -432,7 +433,8 @@ def decoder_of(module: nn.Module) -> Decoder | str | None:
         return f"a {type(module).__name__} without a config, which says how many layers and heads it has"
     if getattr(config, "is_encoder_decoder", False):
         return "what stands before the tokens of an encoder with a decoder is not computed here"
-    if {"per_layer_inputs"} & set(takes(getattr(module, "base_class", type(module)))):
+    names = takes(getattr(module, "base_class", type(module)))
+    if "per_layer_inputs" in names:
         return "its layers read embeddings of their own, which a token that is no word does not have"
     scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None) or 1.0))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -440,5 +442,5 @@ def decoder_of(module: nn.Module) -> Decoder | str | None:
     known = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
     causal = any(getattr(inner, "is_causal", False) for inner in module.modules())  # an encoder looks both ways, and caches nothing
     if not causal or not known:
-        return Decoder(embed_scale=scale)
-    return Decoder(layers=config.num_hidden_layers, heads=heads, width=width, embed_scale=scale)
+        return Decoder(embed_scale=scale, counted=causal and "position_ids" in names)
+    return Decoder(True, config.num_hidden_layers, heads, width, "position_ids" in names, scale)

@@ -200,7 +200,7 @@ def _matches(
             faults.append(f"{kind} {pattern!r} is not a regular expression: {error}")
             continue
         if not hits:
-            faults.append(_no_match(model, named, pattern, kind))
+            faults.append(_no_match(model, layers, len(named), pattern, kind))
         found |= hits
     return found, faults
 
@@ -211,7 +211,7 @@ def _match(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _no_match(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str, kind: str) -> str:
+def _no_match(model: nn.Module, layers: Mapping[str, nn.Module], count: int, pattern: str, kind: str) -> str:
     if pattern == DECODER:
         return (
             f"{kind} {pattern!r} matches nothing: the model has no module that could be given inputs_embeds instead of the tokens of "
@@ -227,7 +227,7 @@ def _no_match(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str, k
     near = nearest(last, parts)
     for part in re.findall(r"'([^']+)'", near):
         near = near.replace(f"'{part}'", f"'{part}' ({parts[part]})") if part in parts else near
-    return f"{kind} {pattern!r} matches none of the {len(layers)} layers that can be adapted; {near}"
+    return f"{kind} {pattern!r} matches none of the {count} layers that can be adapted; {near}"
 
 
 def _there_are(layers: Mapping[str, nn.Module]) -> str:

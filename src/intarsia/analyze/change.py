@@ -237,7 +237,7 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
         weight_norm=None if weight is None else float(weight.double().norm()),
         rounding=None if weight is None or within is None else rounding(within, weight, name),
         changes_weight=within is not None,
-        multiplications=sum(one.inserted.multiplications for _, one in edit.inserts()),
+        multiplications=sum(one.multiplications for _, one in edit.inserts()),
     )
 
 

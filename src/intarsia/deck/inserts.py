@@ -48,7 +48,7 @@ class Together:
     @property
     def multiplications(self) -> int:
         """Of numbers, for one token."""
-        return sum(insert.inserted.multiplications for insert in self.inserts)
+        return sum(insert.multiplications for insert in self.inserts)
 
     @property
     def bytes(self) -> int:

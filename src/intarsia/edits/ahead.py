@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from intarsia.edits.edit import want_numbers, want_tensors
 from intarsia.edits.insert import AHEAD, INSERTED, Inserted
 from intarsia.errors import IntarsiaError
-from intarsia.operators import Operator, embedding_of, takes
+from intarsia.operators import Decoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ Rows = Sequence[tuple[tuple[Ahead, ...], Tensor | None]]  # what stands before w
 
 
 def run(
-    module: nn.Module, operator: Operator, forward: Callable[..., Any], given: Mapping[str, Any], rows: Rows
+    module: nn.Module, operator: Decoder, forward: Callable[..., Any], given: Mapping[str, Any], rows: Rows
 ) -> Any:
     """The decoder's forward with something before its tokens: positions and mask made longer, states cut to the tokens again.
 
@@ -156,9 +156,7 @@ def run(
     x = named.pop("inputs_embeds", None)
     ids = named.pop("input_ids", None)
     if x is None:
-        embedding = embedding_of(module)
-        assert embedding is not None
-        x = embedding(ids)
+        x = module.get_input_embeddings()(ids)  # type: ignore[operator]  # Dynamo asks no module what it is
     B, T = x.shape[:2]
     past, mask = named.get("past_key_values"), named.get("attention_mask")
     parts = [_Part.of(ahead, index) for ahead, index in rows]
@@ -171,9 +169,9 @@ def run(
     if mask is not None:
         front = _of_rows(parts, B, lambda part: part.mask(keys, prompts, mask))
         named["attention_mask"] = torch.cat([front, mask], 1)
-    counted = getattr(operator, "layers", 0) > 0  # an encoder's positions may begin elsewhere than at 0
+    counted = operator.counted  # else they may begin elsewhere than at 0, as in an encoder
     positions = _positions(named.get("position_ids"), mask if counted else None, T, max(seen - n, 0), x.device)
-    if positions is not None and "position_ids" in takes(getattr(module, "base_class", type(module))):
+    if positions is not None:
         own = _of_rows(parts, B, lambda part: torch.full((1, 1), part.keys + part.prompts, device=x.device))
         found = positions + own
         if prompts and not seen:

@@ -31,6 +31,7 @@ class Inserted(ABC):
 
     what: ClassVar[str]  # its name in a file
     places: ClassVar[tuple[str, ...]] = PLACES  # where it may stand
+    count = 0  # positions that it takes before the tokens
 
     @abstractmethod
     def __call__(self, v: Tensor) -> Tensor:
@@ -111,6 +112,11 @@ class Insert(Edit):
         if place not in places:
             raise IntarsiaError(f"place is {place!r}; expected one of {', '.join(places)}")
         return cls(shape, INSERTED[what].build(*sizes(place, shape), tensors, facts), place, want_scale(facts))
+
+    @property
+    def multiplications(self) -> int:
+        """Of numbers, for one token; before the tokens of a decoder: for every key and value there, once for each head of theirs."""
+        return self.inserted.multiplications + (self.inserted.count * self.shape[1] if self.place == AHEAD else 0)
 
     def change(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         """What is added to y. x (..., I), y (..., O), the layer's own weight W (O, I) for one that stands before it. -> (..., O)."""

@@ -126,7 +126,7 @@ class Adapter:
     @property
     def multiplications(self) -> int:
         """Of numbers for every token, by what it inserts; 0 where all of it is set into weights."""
-        return sum(one.inserted.multiplications for many in self.inserts.values() for one in many)
+        return sum(one.multiplications for many in self.inserts.values() for one in many)
 
     @property
     def touched(self) -> int:
