@@ -107,7 +107,7 @@ class Method(ABC):
     default_lr: ClassVar[float]  # with Adam; measured, see docs/learning-rate.md
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
-    usual: ClassVar[str] = "all-linear"  # the target that the default stands for: see intarsia.site
+    default_targets: ClassVar[str] = "all-linear"  # the target that the default stands for: see intarsia.site
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # names of trained tensors (up, down) whose product acts: B, A
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs
     expected: ClassVar[Mapping[str, str]] = {}  # law that does not hold -> the reason

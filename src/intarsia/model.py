@@ -84,7 +84,7 @@ def attach(
     """Freeze the base, put one adapter on every targeted layer, and make it the only active one. In place.
 
     Args:
-        targets: see :mod:`intarsia.site`; every pattern must match something. The default is ``method.usual``.
+        targets: see :mod:`intarsia.site`; every pattern must match something. The default is ``method.default_targets``.
         avoid: adapters of this base (folders, or :class:`intarsia.Adapter`) whose entries this one leaves alone, so that
             fusing them keeps the values of each to the bit. For methods that choose a support.
         data: calibration batches for methods that choose by gradients or inputs (``method.needs()``): mappings of the
@@ -104,7 +104,7 @@ def attach(
     _free(model)
     _check_name(model, name)
     targets, exclude = _patterns(targets), _patterns(exclude)
-    targeted = find_sites(model, targets, exclude, method.usual)
+    targeted = find_sites(model, targets, exclude, method.default_targets)
     others = _to_avoid(model, method, avoid)
     if "movement" in method.needs() and gathered is None:
         raise IntarsiaError(
@@ -176,7 +176,7 @@ def plan(
             adapter to avoid that is of another base or leaves too little.
     """
     others = _to_avoid(model, method, avoid)
-    sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude, method.usual)))
+    sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude, method.default_targets)))
     return {n: m.trained_count(sites[n].shape) for n, m in _planned(method, sites, 0).items()}
 
 

@@ -5,7 +5,7 @@ name (``"*.q_proj"``), a last part alone (``"q_proj"``, ``"embed_tokens"``), or 
 (``"re:layers\\.[0-3]\\..*_proj"``). Which layers can be named, and how each sees its weight: :mod:`intarsia.operators`.
 
 A module that turns embeddings into hidden states is named by ``"decoder"``, or by its own whole name; no other pattern matches it.
-A method that sits there takes ``"all-linear"``, the default, for ``"decoder"`` (``Method.usual``).
+A method that sits there takes ``"all-linear"``, the default, for ``"decoder"`` (``Method.default_targets``).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from intarsia.edits.edit import (
     want_numbers,
     want_tensors,
 )
-from intarsia.edits.insert import AHEAD, INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes
+from intarsia.edits.insert import AHEAD, INSERTED, PLACES, SITS_AT, Insert, Inserted, sizes, where
 from intarsia.edits.kernel import KERNELS, Kernel, merge, sparsify
 from intarsia.edits.placement import Placement, Runs, check_finite, gathered, memory, place, put, put_row, summed
 from intarsia.edits.sum import Sum
@@ -27,5 +27,5 @@ __all__ = [
     "Insert", "Inserted", "Kernel", "Kronecker", "LowRank", "Placement", "Prefix", "Prompt", "Rescaled", "Rows", "Runs", "Sparse",
     "Sum", "add", "build_edit", "check_finite", "columns", "elements", "gathered", "memory", "merge", "overlap", "place",
     "positions", "put", "put_row", "row_norms", "run", "scale", "sizes", "sparsify", "summed", "to_dense", "want_numbers",
-    "want_tensors",
+    "want_tensors", "where",
 ]  # fmt: skip

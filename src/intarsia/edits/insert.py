@@ -7,7 +7,7 @@ file with a class like :class:`intarsia.edits.bottleneck.Bottleneck`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -114,9 +114,14 @@ class Insert(Edit):
         return cls(shape, INSERTED[what].build(*sizes(place, shape), tensors, facts), place, want_scale(facts))
 
     @property
+    def count(self) -> int:
+        """How many positions it takes before the tokens of a decoder."""
+        return self.inserted.count if self.place == AHEAD else 0
+
+    @property
     def multiplications(self) -> int:
         """Of numbers, for one token; before the tokens of a decoder: for every key and value there, once for each head of theirs."""
-        return self.inserted.multiplications + (self.inserted.count * self.shape[1] if self.place == AHEAD else 0)
+        return self.inserted.multiplications + self.count * self.shape[1]
 
     def change(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         """What is added to y. x (..., I), y (..., O), the layer's own weight W (O, I) for one that stands before it. -> (..., O)."""
@@ -158,6 +163,14 @@ class Insert(Edit):
     @property
     def touched(self) -> int:
         return 0
+
+
+def where(inserts: Mapping[str, Sequence[Insert]]) -> str:
+    """Where inserts act, by the weights that they belong to: ``beside 3 layers``, ``at 20 positions before the tokens``."""
+    ahead = sum(one.count for many in inserts.values() for one in many)
+    layers = sum(any(one.place != AHEAD for one in many) for many in inserts.values())
+    both = [f"beside {layers} layers"] if layers or not ahead else []
+    return " and ".join([*both, *([f"at {ahead} positions before the tokens"] if ahead else [])])
 
 
 def sizes(place: str, shape: Shape) -> tuple[int, int]:

@@ -21,7 +21,7 @@ class Ahead(Insert):
     """
 
     kinds = frozenset({DECODER})
-    usual = DECODER
+    default_targets = DECODER
     starts_as_identity = False
     place, scale = AHEAD, 1.0
 

@@ -139,6 +139,11 @@ class Adapter:
         return sum(edit.shape[0] * edit.shape[1] for edit in self.outlines.values())
 
     @property
+    def share(self) -> float:
+        """Of the entries of those weights, the ones that it can change."""
+        return self.touched / self.size if self.size else 0.0
+
+    @property
     def bytes(self) -> int:
         """Bytes of its numbers."""
         return sum(edit.bytes for edit in self.outlines.values())
