@@ -12,7 +12,7 @@ def test_every_method_is_a_row(intarsia):
     rows = {name: row for name, row in rows.items() if name in trained}
     assert {"dora", "lora", "paca", "rslora", "shira"} <= set(rows)
     assert all((row["kind"], row["role"]) == ("method", "adapter") for row in rows.values())
-    assert [name for name, row in rows.items() if not row["mergeable"]] == ["bottleneck"]
+    assert [name for name, row in rows.items() if not row["mergeable"]] == ["bottleneck", "prefix", "prompt"]
     assert {name: rows[name]["needs_data"] for name in ("lora", "paca", "shira")} == {
         "lora": "no",
         "paca": "some settings",
