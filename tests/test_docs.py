@@ -136,35 +136,45 @@ def test_the_disjoint_adapters_of_the_guide_are_disjoint(
     assert others[1].about["avoid"][0] == {"name": "a", "digest": first.digest}
 
 
-def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = ROOT / "docs" / "add-a-method.md"
-    method, laws = blocks(page, "python")
-    file = tmp_path / "lora_fa.py"
-    file.write_text(method, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("lora_fa", file)
+def written(monkeypatch: pytest.MonkeyPatch, file: Path, source: str) -> ModuleType:
+    """A page's method in a file of its own, imported; it is known until the test ends."""
+    file.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "lora_fa", module)
+    monkeypatch.setitem(sys.modules, file.stem, module)
     monkeypatch.setattr(registry, "_METHODS", registry.methods())
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-method.md"
+    method, laws = blocks(page, "python")
+    module = written(monkeypatch, tmp_path / "lora_fa.py", method)
     run(laws, {"LoraFa": module.LoraFa}, page)
 
 
 def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-an-insert.md"
     method, laws = blocks(page, "python")
-    file = tmp_path / "gated.py"
-    file.write_text(method, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("gated", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gated", module)
-    monkeypatch.setattr(registry, "_METHODS", registry.methods())
     monkeypatch.setitem(edits.INSERTED, "gated bottleneck", None)  # gone again after the test
-    spec.loader.exec_module(module)
+    module = written(monkeypatch, tmp_path / "gated.py", method)
     run(laws, {"Gated": module.Gated}, page)
+
+
+def test_the_prompt_of_the_guide_passes_the_contract(
+    tiny_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = ROOT / "docs" / "add-a-prompt.md"
+    example, method, laws = blocks(page, "python")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": tiny_llama()}
+    run(example, names, page)
+    assert names["deck"].active == {"prompt": 1.0}
+    module = written(monkeypatch, tmp_path / "mean_prompt.py", method)
+    run(laws, {"MeanPrompt": module.MeanPrompt}, page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
