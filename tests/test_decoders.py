@@ -7,9 +7,7 @@ import pickle
 
 import pytest
 import torch
-from small import small_net, stir
 from torch import nn
-from toy import toy_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -25,6 +23,8 @@ from intarsia.methods import Prefix as PrefixTuning
 from intarsia.methods import Prompt as PromptTuning
 from intarsia.model import states
 from intarsia.site import find_sites
+from small import small_net, stir
+from toy import toy_model
 
 T = 6
 PROMPT, PREFIX, LORA = PromptTuning(tokens=3), PrefixTuning(tokens=4, std=1.0), ia.Lora(rank=2)
@@ -317,7 +317,11 @@ def test_it_is_there_or_not():
         (Prompt(torch.ones(2, 8)), {"P": torch.full((2, 8), torch.nan)}, r"not finite"),
         (Prompt(torch.ones(2, 8)), {}, r"found the tensors none"),
         (Prefix(*torch.ones(2, 2, 2, 3, 2)), {"K": torch.ones(2, 2, 3, 2)}, r"expected K, V"),
-        (Prefix(*torch.ones(2, 2, 2, 3, 2)), dict(zip("KV", torch.ones(2, 2, 2, 3, 3), strict=True)), r"no prefix: .*16"),
+        (
+            Prefix(*torch.ones(2, 2, 2, 3, 2)),
+            dict(zip("KV", torch.ones(2, 2, 2, 3, 3), strict=True)),
+            r"no prefix: .*16",
+        ),
     ],
 )
 def test_a_file_is_checked(edit, tensors, said):
@@ -338,7 +342,10 @@ def test_a_file_for_layers_does_not_fit_a_decoder():
     made = ia.export(model)
     wrong = {"model.layers.0.self_attn.o_proj.weight": Insert((32, 32), Prompt(torch.ones(2, 32)), "ahead")}
     deck = ia.Deck(toy_model())
-    with pytest.raises(ia.IntarsiaError, match=r"an insert \(prompt\) acts at layers of the kind decoder; this one is of the kind linear"):
+    with pytest.raises(
+        ia.IntarsiaError,
+        match=r"an insert \(prompt\) acts at layers of the kind decoder; this one is of the kind linear",
+    ):
         deck.add(a=ia.Adapter("a", wrong, made.base, {"name": "any"}))
 
 
@@ -360,7 +367,9 @@ def test_a_prefix_and_gradient_checkpointing_are_refused():
 def test_masks_and_caches_that_cannot_grow_are_refused(method):
     model = adapted(method)
     more = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 258}
-    with pytest.raises(ia.IntarsiaError, match="needs a cache that grows|it is made for every pair|this one is made for every pair"):
+    with pytest.raises(
+        ia.IntarsiaError, match="needs a cache that grows|it is made for every pair|this one is made for every pair"
+    ):
         model.generate(ids(), cache_implementation="static", **more)
     with pytest.raises(ia.IntarsiaError, match="made for every pair"):
         model(ids(), attention_mask=torch.ones(2, 1, T, T))

@@ -407,7 +407,8 @@ def adapted(cls: type[nn.Module], role: type = Adapted) -> type[nn.Module]:
     own: dict[str, Any] = {"base_forward": base_forward, "base_class": cls, "role": role}
     if issubclass(role, Decoding):
         # transformers knows by the text of a class what of its models can be recorded (output_hidden_states).
-        own |= {"takes": takes(cls), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        made_as: Any = cls
+        own |= {"takes": takes(made_as), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     _CLASSES[role, cls] = type(f"{role.__name__}{cls.__name__}", (role, cls), own)
     return _CLASSES[role, cls]
 

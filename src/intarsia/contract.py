@@ -684,7 +684,9 @@ def failures_leave_no_trace(method: Method) -> None:
             _unchanged(other, before, "a load that failed at the second layer")
         narrow = nn.Sequential(nn.Linear(8, 8))
         before = _snapshot(narrow)
-        _refused(lambda: models.load(narrow, folder / "saved"), "a load on a model of other shapes", weight_name(model, "up"))
+        _refused(
+            lambda: models.load(narrow, folder / "saved"), "a load on a model of other shapes", weight_name(model, "up")
+        )
         _unchanged(narrow, before, "a refused load")
 
 
@@ -848,7 +850,6 @@ def counts_what_it_trains(method: Method) -> None:
     planned = models.plan(model, method)
     _attach(model, method)
     for name, state in models.states(model, "default").items():
-        layer: Any = model.get_submodule(name)
         found = sum(parameter.numel() for parameter in state.learned().values() if parameter.requires_grad)
         declared = state.method.trained_count(state.shape)
         _promise(found == declared, f"{name}: {found} numbers train, trained_count declares {declared}")
@@ -1270,7 +1271,8 @@ def numbers_stay_wide(method: Method) -> None:
     _promise(cast.dtype == torch.bfloat16, f"a model cast to bfloat16 gives {cast.dtype}")
     models.detach(model, "default")
     _promise(
-        models.digest(model) == models.digest(_net(method, torch.bfloat16)), "the base under a cast model is not the cast base"
+        models.digest(model) == models.digest(_net(method, torch.bfloat16)),
+        "the base under a cast model is not the cast base",
     )
 
 

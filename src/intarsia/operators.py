@@ -401,17 +401,22 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Operator | str:
 
 # ------------------------------------------------------------------ decoders
 @functools.cache
-def takes(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of what a module's forward is given, in order."""
+def takes(cls: Any) -> tuple[str, ...]:
+    """The names of what the forward of a class of modules is given, in order."""
     try:
         return tuple(inspect.signature(cls.forward).parameters)[1:]
     except (AttributeError, TypeError, ValueError):  # a module of another kind, as of TorchScript
         return ()
 
 
+def _own_class(module: nn.Module) -> Any:
+    """What the module was made as, whatever is on top of it now."""
+    return getattr(type(module), "base_class", type(module))
+
+
 def embedding_of(module: nn.Module) -> nn.Embedding | None:
     """The embedding of tokens of a module that could as well be given embeddings; None: it is no such module."""
-    if "inputs_embeds" not in takes(getattr(module, "base_class", type(module))):
+    if "inputs_embeds" not in takes(_own_class(module)):
         return None
     try:
         found = module.get_input_embeddings()  # type: ignore[operator]
@@ -433,14 +438,16 @@ def decoder_of(module: nn.Module) -> Decoder | str | None:
         return f"a {type(module).__name__} without a config, which says how many layers and heads it has"
     if getattr(config, "is_encoder_decoder", False):
         return "what stands before the tokens of an encoder with a decoder is not computed here"
-    names = takes(getattr(module, "base_class", type(module)))
+    names = takes(_own_class(module))
     if "per_layer_inputs" in names:
         return "its layers read embeddings of their own, which a token that is no word does not have"
     scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None) or 1.0))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     known = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-    causal = any(getattr(inner, "is_causal", False) for inner in module.modules())  # an encoder looks both ways, and caches nothing
+    causal = any(
+        getattr(inner, "is_causal", False) for inner in module.modules()
+    )  # an encoder looks both ways, and caches nothing
     if not causal or not known:
         return Decoder(embed_scale=scale, counted=causal and "position_ids" in names)
     return Decoder(True, config.num_hidden_layers, heads, width, "position_ids" in names, scale)

@@ -113,7 +113,7 @@ def operator_at(layer: nn.Module) -> Operator | str | None:
 def weight_of(layer: Any) -> Tensor:
     """The weight of a layer as it is stored; of a decoder, that of its embedding."""
     embedding = embedding_of(layer)
-    return layer.weight if embedding is None else embedding.weight  # type: ignore[no-any-return]
+    return layer.weight if embedding is None else embedding.weight
 
 
 def layer_at(model: nn.Module, name: str) -> Any:
@@ -289,7 +289,9 @@ def unfit(model: nn.Module, chosen: Iterable[str]) -> list[str]:
 def _unfit_decoder(name: str, layer: Any) -> list[str]:
     operator = decoder_of(layer)
     if not name:
-        return [f"the model is a single {type(layer).__name__}; put it into a module, such as nn.Sequential, so that it has a name"]
+        return [
+            f"the model is a single {type(layer).__name__}; put it into a module, such as nn.Sequential, so that it has a name"
+        ]
     if isinstance(operator, str):
         return [f"{name}: {operator}; name other layers"]
     if "forward" in vars(layer):

@@ -8,12 +8,12 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import toy_model
 from transformers import GPT2Config, GPT2Model
 
 import intarsia as ia
 from intarsia.methods import Prefix, Prompt
 from intarsia.model import states
+from toy import toy_model
 
 N = 5
 LENGTH = 9
@@ -48,7 +48,9 @@ def as_peft(K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     return torch.stack([K, V], 1).permute(3, 0, 1, 2, 4).flatten(1)
 
 
-def pair(kind: str) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]]:
+def pair(
+    kind: str,
+) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]]:
     """(ours, PEFT's, what trains in both by name) with the same numbers."""
     more = {"num_virtual_tokens": N, "task_type": "CAUSAL_LM"}
     if kind == "prompt":
@@ -180,7 +182,9 @@ def test_is_attention_written_out_by_hand(method):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        net = torch.nn.ModuleDict({"decoder": GPT2Model(GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, **off))})
+        net = torch.nn.ModuleDict(
+            {"decoder": GPT2Model(GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, **off))}
+        )
     net = net.double().eval()
     plain, ids = net["decoder"], torch.tensor([[1, 4, 2, 7]])
     nothing = torch.zeros(2, 0, 8).double()

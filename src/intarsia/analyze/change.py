@@ -275,7 +275,9 @@ def spectra(
     for done, name in enumerate(names, 1):
         edit = adapter.edits[name].in_weight()
         if edit is None:
-            raise IntarsiaError(f"{name}: what is inserted beside a layer, or before the tokens, changes no weight, so it has no spectrum")
+            raise IntarsiaError(
+                f"{name}: what is inserted beside a layer, or before the tokens, changes no weight, so it has no spectrum"
+            )
         s = spectrum(edit, None if weights is None else base_weight(weights, name, edit))
         shares = {k: energy_share(s, k) for k in TOP if k <= len(s)}
         ranks = effective_rank(s), stable_rank(s), numerical_rank(s), rankme(s)

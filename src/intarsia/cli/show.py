@@ -72,7 +72,9 @@ def show(
         measured = _sizes(found, progress) if sizes else []
     changed = [change for change in changes if change.changes_weight]
     if plot is not None and not changed:
-        raise IntarsiaError("--plot draws what an adapter changes of weights, and this one changes none: it acts beside layers or before the tokens")
+        raise IntarsiaError(
+            "--plot draws what an adapter changes of weights, and this one changes none: it acts beside layers or before the tokens"
+        )
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if plot is not None:
         title = f"{found.name}: {found.method.get('name', '?')}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -137,9 +137,7 @@ class Call:
 Rows = Sequence[tuple[tuple[Ahead, ...], Tensor | None]]  # what stands before which rows of the batch; None: before all
 
 
-def run(
-    module: nn.Module, operator: Decoder, forward: Callable[..., Any], given: Mapping[str, Any], rows: Rows
-) -> Any:
+def run(module: nn.Module, operator: Decoder, forward: Callable[..., Any], given: Mapping[str, Any], rows: Rows) -> Any:
     """The decoder's forward with something before its tokens: positions and mask made longer, states cut to the tokens again.
 
     Keys and values come before all embeddings. Where rows have different numbers of them, the shorter ones are filled up in front and
@@ -280,7 +278,9 @@ def _seen(past: Any, mask: Any, n: int, T: int) -> int:
             "else before the tokens, or went through generate, which counts what stands before them as tokens; begin with an empty cache"
         )
     if not seen and mask is not None and mask.shape[1] != T:
-        raise IntarsiaError(f"the mask is {tuple(mask.shape)} for {T} tokens and an empty cache; expected one number for each token")
+        raise IntarsiaError(
+            f"the mask is {tuple(mask.shape)} for {T} tokens and an empty cache; expected one number for each token"
+        )
     return seen
 
 

@@ -31,7 +31,6 @@ class Inserted(ABC):
 
     what: ClassVar[str]  # its name in a file
     places: ClassVar[tuple[str, ...]] = PLACES  # where it may stand
-    count = 0  # positions that it takes before the tokens
 
     @abstractmethod
     def __call__(self, v: Tensor) -> Tensor:
@@ -62,6 +61,11 @@ class Inserted(ABC):
     @abstractmethod
     def multiplications(self) -> int:
         """Of numbers, for one token."""
+
+    @property
+    def count(self) -> int:
+        """Positions that it takes before the tokens of a decoder."""
+        return 0
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same function of changed tensors."""

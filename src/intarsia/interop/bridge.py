@@ -43,7 +43,16 @@ from intarsia.edits import Placement, place
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method
 from intarsia.operators import Operator
-from intarsia.site import ALL_LINEAR, adaptable_layers, every_layer, find_sites, layer_at, partners, site_at, weight_name
+from intarsia.site import (
+    ALL_LINEAR,
+    adaptable_layers,
+    every_layer,
+    find_sites,
+    layer_at,
+    partners,
+    site_at,
+    weight_name,
+)
 
 if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
     raise ImportError("the bridge needs PEFT 0.21 or newer; upgrade it: pip install -U peft", name="peft")

@@ -15,4 +15,19 @@ from intarsia.methods.snell import Snell
 from intarsia.methods.snella import Snella
 from intarsia.methods.tokens import Tokens
 
-__all__ = ["Bottleneck", "Dora", "Lora", "Mosa", "Paca", "Prefix", "Prompt", "Rosa", "S2ft", "Shira", "Smt", "Snell", "Snella", "Tokens"]
+__all__ = [
+    "Bottleneck",
+    "Dora",
+    "Lora",
+    "Mosa",
+    "Paca",
+    "Prefix",
+    "Prompt",
+    "Rosa",
+    "S2ft",
+    "Shira",
+    "Smt",
+    "Snell",
+    "Snella",
+    "Tokens",
+]

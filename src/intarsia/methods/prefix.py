@@ -34,7 +34,7 @@ class Prefix(Ahead):
 
     name, title, paper = "prefix", "Prefix tuning", "arXiv:2101.00190"
     formula, trained = "K_l' = [K_l; x W_K], V_l' = [V_l; x W_V]", "n I"
-    default_lr = 1e-2
+    default_lr = 1e-1
     small = ({"tokens": 3, "std": 0.5}, {"tokens": 2, "hidden": 5})
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ class Prefix(Ahead):
         return f"{site.name}: no cache of keys and values is known of all its layers, so it takes no prefix; train a prompt"
 
     def trained_count(self, shape):
-        O, I, m = *shape, self.hidden
+        (O, I), m = shape, self.hidden
         return self.tokens * O + m * (O + 1) + I * (m + 1) if m else self.tokens * I
 
     def stays_wide(self):

@@ -29,7 +29,7 @@ class Prompt(Ahead):
 
     name, title, paper = "prompt", "Prompt tuning", "arXiv:2104.08691"
     formula, trained = "y = decoder([P; E(x)])", "n O"
-    default_lr = 1e-2
+    default_lr = 3e-2
     small = ({"tokens": 3}, {"tokens": 4, "ids": [5, 0, 2]})
 
     def __post_init__(self):
@@ -41,7 +41,9 @@ class Prompt(Ahead):
     def check(self, site):
         there = len(site.stored)
         wrong = [t for t in self.ids if t >= there]
-        return f"{site.name}: there is no token {wrong[0]} among its {there}; ids are numbers of tokens" if wrong else None
+        return (
+            f"{site.name}: there is no token {wrong[0]} among its {there}; ids are numbers of tokens" if wrong else None
+        )
 
     def trained_count(self, shape):
         return self.tokens * shape[0]
