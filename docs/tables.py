@@ -14,7 +14,28 @@ from pathlib import Path
 import torch
 
 import intarsia as ia
-from intarsia.edits import KINDS, Bottleneck, Dense, Edit, Insert, Kernel, Kronecker, LowRank, Rescaled, Sparse, Sum
+from intarsia.edits import (
+    KINDS,
+    BlockAffine,
+    Blocks,
+    Bottleneck,
+    Combined,
+    Core,
+    Dense,
+    Edit,
+    Insert,
+    Kernel,
+    Kronecker,
+    LowRank,
+    Multiplied,
+    Rescaled,
+    Scaled,
+    Sequential,
+    Sparse,
+    Sum,
+    Tiled,
+    Transformed,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.interop import TARGETS
 from intarsia.merge import KINDS as MERGED_KINDS
@@ -39,19 +60,43 @@ def ours() -> list[type[ia.Method]]:
     return [cls for cls in ia.registry.methods().values() if cls.__module__.startswith("intarsia.methods.")]
 
 
+ROLES = ("adapter", "init", "allocator", "optimizer", "mixture", "serving", "quantization", "base-compression")
+TRAINING = (
+    "optimizer",
+    "allocator",
+    "base-compression",
+)  # roles of what is no method and stands in the table all the same
+
+
 def readme_table() -> str:
-    """One row a method or named variant."""
-    rows = ["| name | W' | trained numbers a weight | paper |", "|---|---|---|---|"]
+    """One row a method, named variant, optimizer, allocator or way to compress a base; in the order of what they are."""
+    rows: list[tuple[int, str, str]] = []
+
+    def add(role: str, name: str, title: str, *cells: str) -> None:
+        row = " | ".join((f"`{name}` ({title})", *cells))
+        rows.append((ROLES.index(role), name, f"| {row} |"))
+
     for cls in ours():
-        formula = cls.formula.replace("|", "\\|")
-        rows.append(f"| `{cls.name}` ({cls.title}) | `{formula}` | {cls.trained} | {_link(cls.paper)} |")
+        words = [word if always else f"({word})" for word, always in ia.registry.asks_for(cls).items()]
+        needs = ", ".join(words + ([] if cls.mergeable else [f"{cls.cost} a token"]))
+        add(cls.role, cls.name, cls.title, _code(cls.formula), cls.trained, cls.role, needs, _link(cls.paper))
     for variant in ia.registry.variants().values():
         fields = ", ".join(f"{k}={v}" for k, v in variant.fields.items())
         cls = ia.registry.find(variant.name)
-        rows.append(
-            f"| `{variant.name}` ({variant.title}) | {cls.title} with {fields} | {cls.trained} | {_link(variant.paper)} |"
-        )
-    return "\n".join(rows)
+        what = f"{cls.title} with {fields}" if fields else _code(variant.formula)
+        add(cls.role, variant.name, variant.title, what, cls.trained, cls.role, "", _link(variant.paper))
+    for system in ia.registry.systems().values():
+        if system.role in TRAINING:
+            add(system.role, system.id, system.title, _code(system.formula), "", system.role, "", _link(system.paper))
+    head = [
+        "| name | W', y' or the step | trained numbers a weight | role | needs, and costs | paper |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join(head + [row for _, _, row in sorted(rows)])
+
+
+def _code(formula: str) -> str:
+    return "`" + formula.replace("|", "\\|") + "`"
 
 
 def methods_page() -> str:
@@ -92,8 +137,19 @@ def samples() -> dict[str, Edit]:
     found["sum of rows and low_rank, weighted"] = Sum(shape, (found["rows"], low_rank), (0.5, 2.0))
     kernel = partial(Kernel, shape, torch.linspace(-1, 1, 128).view(2, 64, 1), torch.ones(2, 64, 1), None, rule="soft")
     found["kernel, most of it at 0"], found["kernel, other"] = kernel(zeros=4000), kernel(zeros=9)
+    factors = {"A": torch.ones(1, 64), "B": torch.ones(64, 1)}
+    found["core"] = Core(shape, factors | {"C": torch.ones(1, 1)}, {}, 1.0)
+    found["core with a start"] = Core(shape, factors, {"B": torch.zeros(64, 1)}, 1.0)
+    found["sequential"] = Sequential(shape, torch.ones(64, 1), torch.ones(1, 64), 1.0)
     found["dense"] = Dense(shape, torch.ones(shape))
     found["kronecker"] = Kronecker(shape, torch.ones(8, 8), torch.ones(8, 8), 1.0)
+    found["blocks"] = Blocks(shape, torch.ones(4, 16, 2), torch.ones(4, 2, 16), 1.0)
+    found["combined"] = Combined(shape, torch.ones(3), torch.ones(3), 2, 0, 1.0)
+    found["scaled"] = Scaled(shape, torch.ones(32, 2), torch.ones(2, 64), 0, "dense", "paper", 1.0)
+    found["tiled"], found["block_affine"] = Tiled(shape, torch.ones(8, 64)), BlockAffine(shape, torch.ones(8, 8, 8))
+    found["multiplied by low_rank"] = Multiplied(shape, low_rank)
+    found["transformed low_rank"] = Transformed(shape, low_rank, (("haar", "haar"),))
+    found["transformed elements"] = Transformed(shape, found["elements"], (("identity", "hadamard"),))
     found["insert"] = Insert(shape, Bottleneck(torch.ones(2, 64), torch.ones(64, 2), "tanh"), "parallel")
     found["sum of elements and insert"] = Sum(shape, (found["elements"], found["insert"]))
     if missing := KINDS.keys() - {edit.kind for edit in found.values()}:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +16,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 import intarsia as ia
-from intarsia import edits, registry
+from intarsia import allocators, edits, registry
 from intarsia.bench.grid import Grid, check_methods
 from intarsia.merge import load_recipe
 from intarsia.merge import rule as merging
+from intarsia.methods import Alora
 from intarsia.train.config import load_config, load_tree, validated
 from small import stir
 from toy import toy_model, toy_tokenizer
@@ -144,7 +145,7 @@ def written(monkeypatch: pytest.MonkeyPatch, file: Path, source: str) -> ModuleT
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, file.stem, module)
-    monkeypatch.setattr(registry, "_METHODS", registry.methods())
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     spec.loader.exec_module(module)
     return module
 
@@ -154,6 +155,33 @@ def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyP
     method, laws = blocks(page, "python")
     module = written(monkeypatch, tmp_path / "lora_fa.py", method)
     run(laws, {"LoraFa": module.LoraFa}, page)
+
+
+def test_the_allocators_of_the_guide_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    page = ROOT / "docs" / "add-an-allocator.md"
+    method, loop, allocator, turns = blocks(page, "python")
+    (tmp_path / "thinned.py").write_text(method, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("thinned", tmp_path / "thinned.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "thinned", module)
+    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
+    monkeypatch.setattr(allocators.allocator.ALLOCATORS, "classes", allocators.known())
+    spec.loader.exec_module(module)
+    ids = torch.randint(0, 320, (2, 12))
+    names: dict[str, Any] = {"model": tiny_llama(), "batch": {"input_ids": ids, "labels": ids}, "__name__": "thinned"}
+    names |= {"ia": ia, "torch": torch, "Thinned": module.Thinned}
+    run(loop, names, page)
+    assert sum(names["dealt"].values()) == round(0.5 * 8 * len(names["dealt"]))
+    assert len(set(names["dealt"].values())) > 1
+    run(allocator, names, page)
+    run(turns, names, page)
+    layers = names["turns"].layers
+    assert names["chosen"] == (layers[3 % len(layers)],)
+    assert allocators.build({"name": "round", "width": 2}).width == 2  # type: ignore[attr-defined]
 
 
 def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,6 +203,78 @@ def test_the_prompt_of_the_guide_passes_the_contract(
     assert names["deck"].active == {"prompt": 1.0}
     module = written(monkeypatch, tmp_path / "mean_prompt.py", method)
     run(laws, {"MeanPrompt": module.MeanPrompt}, page)
+
+
+def test_the_mixture_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-mixture.md"
+    method, laws = blocks(page, "python")
+    module = written(monkeypatch, tmp_path / "mixture_of_loras.py", method)
+    run(laws, {"MixtureOfLoras": module.MixtureOfLoras}, page)
+
+
+def test_the_bases_cache_serves_activated_adapters_as_the_page_says(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page, model, alone = ROOT / "docs" / "activated.md", tiny_llama(), tiny_llama()
+    calls = {"check": torch.tensor([[7, 8, 30]]), "rewrite": torch.tensor([[9, 31]])}
+    for seed, (name, invocation) in enumerate((("check", (7, 8)), ("rewrite", (9,)))):
+        ia.attach(alone, Alora(invocation, rank=4), "*_proj", name=name, seed=seed)
+        stir(alone, name, seed, size=0.3)
+        ia.save(alone, f"out/{name}", name)
+    names: dict[str, Any] = {"model": model, "prompt": torch.arange(100, 130)[None], "calls": calls}
+    (block,) = blocks(page, "python")
+    run(block, names, page)
+    for name, call in calls.items():
+        ia.activate(alone, name)
+        whole = torch.cat([names["prompt"], call], dim=1)
+        expected = alone.generate(whole, max_new_tokens=8, do_sample=False)
+        assert torch.equal(names["answers"][name], expected)
+    assert names["cache"].get_seq_length() == 30
+
+
+def test_the_edit_of_the_guide_is_an_edit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-an-edit.md"
+    monkeypatch.setitem(edits.KINDS, "two_sided", None)  # gone again after the test
+    module = ModuleType("two_sided")
+    monkeypatch.setitem(sys.modules, "two_sided", module)  # a dataclass asks for the module that it stands in
+    for block in blocks(page, "python"):
+        run(block, vars(module), page)
+    model = toy_model()
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("q_proj.weight"))
+    rows, columns = weight.shape
+    edit = module.TwoSided((rows, columns), 0.1 * torch.ones(rows), torch.zeros(columns))
+    before = weight.detach().clone()
+    ia.store.write(ia.Adapter("a", {name: edit}, ia.model.base_of(model, [name])[0], {"name": "any"}), tmp_path / "a")
+    deck = ia.Deck(model)
+    deck.add(tmp_path / "a")
+    deck.use("a")
+    torch.testing.assert_close(weight.detach(), 1.1 * before)
+    deck.off()
+    assert torch.equal(weight.detach(), before)
+
+
+def test_the_initialiser_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-an-initialiser.md"
+    start, use = blocks(page, "python")
+    (tmp_path / "olora.py").write_text(start, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "olora", raising=False)
+    run(use, {}, page)
+
+
+def test_the_structured_delta_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-structured-delta.md"
+    method, laws, transformed = blocks(page, "python")
+    monkeypatch.setitem(edits.KINDS, "diagonals of a circle", None)  # gone again after the test
+    module = written(monkeypatch, tmp_path / "circulant.py", method)
+    run(laws, {"Circulant": module.Circulant}, page)
+    names: dict[str, Any] = {"edits": edits}
+    run(transformed, names, page)
+    p = SimpleNamespace(shape=(6, 8), A=torch.randn(2, 8), B=torch.randn(6, 2))
+    change = names["structure"](None, p).delta(torch.zeros(6, 8))
+    torch.testing.assert_close(change.norm(), (p.B @ p.A).norm())
+    assert not torch.allclose(change, p.B @ p.A)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -40,7 +40,7 @@ SIGNATURES = {
     "digest": "model",
     "Shira": "density, scorer, granularity, width, scale, offset, budget, schedule, every, swap",
     "Paca": "rank, alpha, select, parameterization",
-    "Lora": "rank, alpha, scaling",
+    "Lora": "rank, alpha, scaling, start",
     "Dora": "inner, detach_norm",
 }
 
@@ -125,7 +125,7 @@ def test_methods_are_built_from_plain_configs(config, method):
     ("config", "message"),
     [
         ("shirra", "unknown method 'shirra'; did you mean 'shira'"),
-        ({"name": "zzz"}, "known: bottleneck, dora, lora, lt-sft, "),
+        ({"name": "zzz"}, "known: bottleneck, "),
         ({"name": "shira", "densty": 0.1}, "shira has no field 'densty'; did you mean 'density'"),
         ({"name": "shira", "density": "much"}, "density='much' is a str; expected float"),
         ({"name": "shira", "density": None}, "density=None is a None; expected float"),
@@ -221,10 +221,9 @@ def package(tmp_path, monkeypatch):
     (info / "entry_points.txt").write_text(entry)
     monkeypatch.syspath_prepend(tmp_path)
     registry.methods()  # ours are registered once a process, and are wanted in the copy
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    registry._load.cache_clear()
+    monkeypatch.setattr(registry.METHODS, "classes", dict(registry.METHODS.classes))
+    monkeypatch.setattr(registry.METHODS, "complete", False)
     yield info
-    registry._load.cache_clear()
     sys.modules.pop("rowwise_adapters", None)
 
 
@@ -260,7 +259,7 @@ def test_a_method_without_its_package_is_named_on_loading(package, tmp_path, mon
     model = small_net()
     ia.attach(model, registry.build("rowwise"))
     ia.save(model, tmp_path / "a")
-    monkeypatch.setattr(registry, "_METHODS", {"lora": ia.Lora})
+    monkeypatch.setattr(registry.METHODS, "classes", {"lora": ia.Lora})
     with pytest.raises(ia.IntarsiaError, match="unknown method 'rowwise'"):
         ia.load(small_net(), tmp_path / "a")
     ia.Deck(small_net()).add(tmp_path / "a")  # what is finished needs no method

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def config(place, tmp_path):
-    def make(method="shira", *, overwrite=False, out="out", data=None, save=None, **train_keys):
+    def make(method="shira", *, overwrite=False, out="out", data=None, save=None, allocator=None, **train_keys):
         method = {"name": method} if isinstance(method, str) else method
         method = {"name": "shira", "density": 0.1} | method if method["name"] == "shira" else method
         train_keys = {"steps": STEPS, "batch_size": 12, "save_every": 3, "eval_every": 50, "lr": 1e-2} | train_keys
@@ -56,6 +56,7 @@ def config(place, tmp_path):
                 "overwrite": overwrite,
                 "train": train_keys,
                 "save": save or {},
+                "allocator": allocator,
             }
         )
 
@@ -296,6 +297,9 @@ def test_a_checkpoint_holds_nothing_of_the_base(config, monkeypatch, tmp_path):
 STATEFUL = [  # what a step does depends on the steps before it
     ({"name": "mosa-sparse-adapters", "rank": 3}, 5),
     ({"name": "snella", "rank": 4, "sparsity": 0.6, "every": 4}, 6),
+    ({"name": "sora", "rank": 4, "lam": 5.0, "stages": 3, "last": 20.0}, 5),
+    ({"name": "dylora", "rank": 4, "update": "frozen"}, 5),
+    ({"name": "increlora", "target": 2, "top": 3, "warm": 4}, 5),
 ]
 
 
@@ -424,6 +428,39 @@ def test_a_full_disk_while_writing_a_checkpoint_keeps_the_one_before(config, mon
     outcome = train(config())
     assert outcome.resumed_from == 3
     assert outcome.digest == whole.digest
+
+
+TURNS = {"name": "ist", "share": 0.5, "interval": 2, "candidates": 2, "batch": 6}
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "lora", "rank": 3}, {"name": "shira", "scorer": "snip"}], ids=lambda m: m["name"]
+)
+def test_a_run_with_an_allocator_ends_as_if_it_had_never_been_stopped(config, monkeypatch, method):
+    whole = train(config(method, out="whole", allocator=TURNS))
+    assert whole.digest != train(config(method, out="all")).digest
+    after_step(monkeypatch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(TrainingStopped):
+        train(config(method, allocator=TURNS))
+    with pytest.raises(IntarsiaError, match=r"allocator\.share was 0\.5, is now 0\.25"):
+        train(config(method, allocator=TURNS | {"share": 0.25}))
+    outcome = train(config(method, allocator=TURNS))
+    assert outcome.resumed_from == 5
+    assert outcome.digest == whole.digest
+    assert losses(outcome) == losses(whole)
+
+
+def test_what_a_method_deals_out_is_logged(config):
+    heard = Heard()
+    outcome = train(config({"name": "snella", "rank": 2, "every": 4}), progress=heard)
+    lines = (Path(outcome.output) / "log.jsonl").read_text().splitlines()
+    dealt = [e for e in map(json.loads, lines) if e["event"] == "allocation"]
+    assert [e["step"] for e in dealt] == [1, 4, 8, STEPS]
+    assert dealt[-1]["what"] == "entries"
+    assert sum(dealt[-1]["counts"].values()) == round(
+        0.1 * sum(layer.shape[0] * layer.shape[1] for layer in ia.read(outcome.output).edits.values())
+    )
+    assert any(said.startswith("step 4: ") and "entries" in said for said in heard.said)
 
 
 def test_the_adapter_is_written_as_the_config_says(config):

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import intarsia as ia
-from intarsia import chain, processes, registry
+from intarsia import chain, methods, processes, registry
 from intarsia.train.config import make_config
 from intarsia.train.trainer import TrainingStopped, train
 from small import SITES, layer_of, small_net, some_input, some_loss, state_of, stir, trained, weights
@@ -35,6 +35,7 @@ METHODS: dict[str, ia.Method] = {
     "low rank": ia.Lora(rank=2),
     "columns": ia.Paca(rank=3),
     "elements": ia.Shira(density=0.1),
+    "ranks as experts": methods.Smora(rank=6, active=2),  # whose balance counts over all processes
 }
 # Every method at its first quick setting, whatever has been added since.
 EVERY = {

@@ -12,7 +12,7 @@ from intarsia._version import __version__
 from intarsia.errors import IntarsiaError
 
 if TYPE_CHECKING:
-    from intarsia import registry
+    from intarsia import optim, registry
     from intarsia.deck import Deck
     from intarsia.distributed import load_checkpoint, replicate, save_checkpoint, shard
     from intarsia.method import Method
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "Prefix", "Prompt", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
-    "load_adapter_state", "load_checkpoint", "lottery", "read", "register", "registry", "regrow", "replicate", "rows", "save",
+    "load_adapter_state", "load_checkpoint", "lottery", "optim", "read", "register", "registry", "regrow", "replicate", "rows", "save",
     "save_checkpoint", "scorer", "shard", "sync",
 ]  # fmt: skip
 
@@ -56,8 +56,8 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "registry":
-        return importlib.import_module("intarsia.registry")
+    if name in ("optim", "registry"):
+        return importlib.import_module(f"intarsia.{name}")
     if name not in _PLACES:
         raise AttributeError(f"module 'intarsia' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"intarsia.{_PLACES[name]}"), name)

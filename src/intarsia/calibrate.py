@@ -3,7 +3,8 @@
 ``gradient`` and ``fisher`` take a backward pass a batch. Each weight's gradient is handed on as soon as backward has finished
 it and is freed at once, so the peak memory is one layer's gradient; over several batches the running sums live in temporary
 files, mapped into memory, not in memory. ``inputs``, ``magnitudes``, ``gram`` and ``mean`` take a forward pass a batch and no labels; they
-keep one number an input, but ``gram`` one for every two inputs, in temporary files as well.
+keep one number an input, but ``gram`` one for every two inputs, in temporary files as well. Observers take as many passes as
+they ask for. Layers that are given the very same tensor share a gram, and an observer.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError
-from intarsia.operators import Operator, operator_of
+from intarsia.observe import Observer, Watch, observe, same_inputs
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int, str], None]
-Use = Callable[[str, Mapping[str, Tensor]], None]
+Use = Callable[[str, Mapping[str, Any]], None]
 
 OF_BACKWARD = frozenset({"gradient", "fisher"})
 ON_CPU = frozenset(
     {"gram", "mean"}
 )  # in float64, which not every device has; what is made of them is a matter of seconds
 OF_FORWARD = frozenset({"inputs", "magnitudes", "gram", "mean"})
-GATHERED = OF_BACKWARD | OF_FORWARD
+GATHERED = OF_BACKWARD | OF_FORWARD | {"observed"}
 
 
 def shape_of(need: str, shape: tuple[int, int]) -> tuple[int, ...]:
@@ -66,6 +66,8 @@ def gather(
     use: Use,
     loss: Loss | None = None,
     progress: Progress | None = None,
+    observers: Mapping[str, Observer] | None = None,
+    confer: Callable[[Mapping[str, Any]], None] = lambda observers: None,
 ) -> None:
     """Call ``use(name, found)`` once for every weight, ``found`` holding what is needed, float32 or wider:
 
@@ -75,12 +77,15 @@ def gather(
         magnitudes (I,)   sum of |x_j| over them
         gram      (I, I)  mean of x x^T over them, float64 on the CPU
         mean      (I,)    mean of x over them, float64 on the CPU
+        observed          the layer's observer, satisfied, or as it is after many passes: see ``intarsia.observe``
 
     The model runs in eval mode, so that this is the same at every call; modes, ``requires_grad`` and ``.grad`` are as before
     when this returns or raises. The tensors are only valid during the call.
 
     Args:
         weights: leaves, by the name of the layer that each belongs to.
+        observers: by layer, where ``observed`` is needed.
+        confer: called with them after every batch that they see.
 
     Raises:
         IntarsiaError: for no batches, a batch without loss, or a weight that the data does not reach.
@@ -90,11 +95,23 @@ def gather(
         raise IntarsiaError("the calibration data is empty; scorers that look at data need at least one batch")
     backward = bool(needs & OF_BACKWARD)
     remaining = dict(weights)
+
+    def forward(batch: Any) -> None:
+        _forward(model, batch, loss)
+
+    with only_requiring_grad(model, ()):
+        model.eval()
+        observed = observe(model, observers, batches, forward, confer, progress) if observers else {}
+        leaders = same_inputs(model, list(weights), lambda: forward(batches[0])) if "gram" in needs else {}
+    if needs <= {"observed"}:
+        for name in weights:
+            use(name, {"observed": observed[name]})
+        return
     with (
         only_requiring_grad(model, weights.values() if backward else ()),
         torch.enable_grad(),
         Mapped() as sums,
-        _Inputs(model, weights, needs, sums) if needs & OF_FORWARD else _nothing() as inputs,
+        _Inputs(model, leaders or {n: n for n in weights}, needs, sums) if needs & OF_FORWARD else _nothing() as inputs,
     ):
         model.eval()
 
@@ -102,7 +119,8 @@ def gather(
             device = remaining.pop(name).device
             if inputs:
                 found |= {need: t for need, t in inputs.sums(name).items() if need in needs}
-            use(name, {need: t if need in ON_CPU else t.to(device) for need, t in found.items()})
+            here: dict[str, Any] = {need: t if need in ON_CPU else t.to(device) for need, t in found.items()}
+            use(name, here | ({"observed": observed[name]} if observed else {}))
 
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
@@ -198,29 +216,23 @@ class Mapped:
         return self.tensors[name]
 
 
-class _Inputs:
-    """What comes into layers, summed in several ways, gathered by hooks that only look."""
+class _Inputs(Watch):
+    """What comes into layers, summed in several ways, gathered by hooks that only look. ``leaders``: see ``same_inputs``."""
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor], needs: frozenset[str], sums: Mapped) -> None:
-        self.layers = {name: model.get_submodule(name) for name in weights}
-        self.columns = {name: _linear_inputs(layer) for name, layer in self.layers.items()}
-        self.needs, self.grams = needs, sums
+    def __init__(self, model: nn.Module, leaders: Mapping[str, str], needs: frozenset[str], sums: Mapped) -> None:
+        super().__init__(model, sorted(set(leaders.values()), key=list(leaders).index), self._sum)
+        self.leaders, self.needs, self.grams = leaders, needs, sums
         self.squares: dict[str, Tensor] = {}
         self.magnitudes: dict[str, Tensor] = {}
         self.means: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.mask: Tensor | None = None
-
-    def begin(self, batch: Any) -> None:
-        """From now on it is this batch that runs."""
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def reached(self, name: str) -> bool:
-        return name in self.squares
+        return self.leaders[name] in self.squares
 
     def sums(self, name: str) -> dict[str, Tensor]:
         """By need: (I,), the gram (I, I)."""
+        name = self.leaders[name]
         count = max(1, self.counts[name])
         found = {"inputs": self.squares[name].sqrt(), "magnitudes": self.magnitudes[name]}
         if "mean" in self.needs:
@@ -229,48 +241,18 @@ class _Inputs:
             found["gram"] = self.grams[f"{name}/gram"] / count
         return found
 
-    def __enter__(self) -> _Inputs:
-        def see(layer: nn.Module, given: tuple[Any, ...], name: str) -> None:
-            self._see(name, given[0].detach())
-
-        self.hooks = [
-            layer.register_forward_pre_hook(lambda layer, given, name=name: see(layer, given, name))
-            for name, layer in self.layers.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _see(self, name: str, x: Tensor) -> None:
-        if x.shape[-1] != self.columns[name]:
-            raise IntarsiaError(
-                f"{name} is a {type(self.layers[name]).__name__} and its input is {tuple(x.shape)}; "
-                "norms of inputs are known for linear layers only. Exclude it or choose another scorer"
-            )
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            x = x[self.mask.to(x.device).bool()]
+    def _sum(self, name: str, x: Tensor) -> None:
         wide = torch.promote_types(x.dtype, torch.float32)
         for sums, order in ((self.squares, 2), (self.magnitudes, 1)):
-            more = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), order, dim=0, dtype=wide) ** order
+            more = torch.linalg.vector_norm(x, order, dim=0, dtype=wide) ** order
             sums[name] = sums[name] + more if name in sums else more
-        self.counts[name] = self.counts.get(name, 0) + x[..., 0].numel()
+        self.counts[name] = self.counts.get(name, 0) + len(x)
         if self.needs & ON_CPU:
-            rows = x.reshape(-1, x.shape[-1]).to("cpu", torch.float64)
+            rows = x.to("cpu", torch.float64)
             if "mean" in self.needs:
                 self.means[name] = self.means.get(name, 0) + rows.sum(0)
             if "gram" in self.needs:
                 self.grams.add(f"{name}/gram", rows.T @ rows)
-
-
-def _linear_inputs(layer: Any) -> int:
-    """I of a linear layer, 0 of any other."""
-    operator = operator_of(layer)
-    if not isinstance(operator, Operator) or operator.kind != "linear":
-        return 0
-    packing = packing_of(layer.weight)
-    return operator.matrix(layer.weight).shape[1] if packing.in_place else packing.shape(layer.weight)[1]
 
 
 @contextmanager

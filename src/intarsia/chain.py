@@ -25,12 +25,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from intarsia import processes
 from intarsia.bases import Packing, packing_of
-from intarsia.edits import Ahead, Call, Rows, run
+from intarsia.edits import Ahead, Call, Rows, Seen, run
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
 from intarsia.operators import DECODER, LINEAR, STACK, Bare, Operator, takes
-from intarsia.site import Site, operator_at, weight_of
+from intarsia.site import Site, operator_for, weight_of
 from intarsia.support import Granularity
 
 _ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every adapted layer alive, for the optimizer hook
@@ -49,7 +49,9 @@ class Tensors:
         dtype: torch.dtype = torch.float32,
         training: bool = False,
         traits: Any = None,
+        seen: Any = None,
     ):
+        self.seen = seen  # the tokens of the model's forward, for a method that watches them
         self.shape, self.plan, self.operator, self.dtype, self.training = shape, plan, operator, dtype, training
         self.traits = traits
         for name, tensor in tensors.items():
@@ -65,6 +67,7 @@ class State(nn.Module):
         super().__init__()
         self.method, self.shape, self.operator = method, site.shape, site.operator
         self.traits = method.traits(site.shape)
+        self.seen: Seen | None = None
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
@@ -113,6 +116,7 @@ class State(nn.Module):
             dtype,
             self.training,
             self.traits,
+            self.seen,
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> State:
@@ -130,8 +134,8 @@ class State(nn.Module):
 class Chain:
     """The base layer with the first ``count`` of some adapters on it: what the next adapter sees below."""
 
-    def __init__(self, layer: Any, states: Sequence[State]):
-        self.layer, self.states = layer, states
+    def __init__(self, layer: Any, states: Sequence[State], rows: Tensor | None = None):
+        self.layer, self.states, self.rows = layer, states, rows  # rows: which of the batch it meets, where not all
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -142,12 +146,14 @@ class Chain:
         top = states[-1]
         # Token numbers have no dtype to compute in; the weight's is the layer's own.
         p = top.cast(x.dtype if x.is_floating_point() else layer.weight.dtype, layer.operator)
+        if p.seen is not None and self.rows is not None:
+            p.seen = p.seen.of_rows(self.rows)
         if len(states) == 1 and isinstance(top.method, Sparse):
             if not packing.in_place:
                 return top.method.over(p, x, partial(packing.read, weight), packing.dtype(weight), layer.bias)
             if layer.leading.live is not None:
                 return top.method.live(p, x, matrix(layer), bias(layer))
-        return top.method.forward(p, x, Chain(layer, states[:-1]))
+        return top.method.forward(p, x, Chain(layer, states[:-1], self.rows))
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of all that lies below, folded in ``dtype``."""
@@ -187,7 +193,7 @@ class OnChain:
         y: Tensor | None = None
         for names, index in leading.rows:
             states = [leading.adapters[name] for name in names if name in leading.adapters]
-            part = Chain(self, states)(x.index_select(0, index))  # type: ignore[arg-type]
+            part = Chain(self, states, index)(x.index_select(0, index))  # type: ignore[arg-type]
             y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
             y = y.index_copy(0, index, part)
         assert y is not None
@@ -585,7 +591,7 @@ def base_weight(layer: Any) -> Tensor:
     if not packing.in_place:
         return packing.read(layer.weight, packing.dtype(layer.weight))
     if not isinstance(layer, OnChain):
-        operator = operator_at(layer)
+        operator = operator_for(layer)
         assert isinstance(operator, Operator)
         return operator.matrix(weight_of(layer))
     weight, leading = matrix(layer), layer.leading
@@ -612,22 +618,31 @@ def as_base(layers: Sequence[Any], name: str) -> Iterator[None]:
             layer.active, layer.live = active, live
 
 
-def _stepping(optimizer: torch.optim.Optimizer, hook: str) -> set[int]:
-    """Call a hook of the methods whose states take part in a step. -> the ids of the parameters that do."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+def _stepping(rates: Mapping[int, Any], hook: str) -> Iterator[tuple[State, float]]:
+    """The states that take part in a step and whose methods have this hook, each with its learning rate."""
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
             if getattr(type(state.method), hook) is getattr(Method, hook):
                 continue
-            if any(id(parameter) in stepped and parameter.grad is not None for parameter in state.parameters()):
-                with torch.no_grad():
-                    getattr(state.method, hook)(state.raw())
-    return stepped
+            moved = [p for p in state.parameters() if id(p) in rates and p.grad is not None]
+            if moved:
+                yield state, float(rates[id(moved[0])])
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+    """The learning rate of each parameter that an optimizer moves, a number or a tensor, by the parameter's id."""
+    return {id(p): group.get("lr", 0.0) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    stepped = _stepping(optimizer, "before_step")
+    stepped = _rates(optimizer)
+    seen: set[int] = set()
+    for state, _lr in _stepping(stepped, "penalty"):
+        _add_penalty(state, seen)
+    for state, _lr in _stepping(stepped, "before_step"):
+        with torch.no_grad():
+            state.method.before_step(state.raw())
     for layer in list(_ADAPTED):
         states: Any = layer.adapters
         for state in states.values():
@@ -636,9 +651,26 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     getattr(state, name).grad = None  # it was read, and no optimizer may move it
 
 
+def _add_penalty(state: State, seen: set[int]) -> None:
+    """Add the gradient of the method's penalty to those of the state; to a tensor that several states share, for the first one."""
+    with torch.enable_grad():
+        penalty = state.method.penalty(state.raw())
+    wanted = [p for p in state.parameters() if p.grad is not None and p.requires_grad and id(p) not in seen]
+    seen.update(map(id, wanted))
+    if penalty is None or not penalty.requires_grad or not wanted:
+        return
+    for parameter, gradient in zip(wanted, torch.autograd.grad(penalty, wanted, allow_unused=True), strict=True):
+        if gradient is not None:
+            assert parameter.grad is not None
+            parameter.grad.add_(gradient)
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Some optimizers write through parameter.data, which no version counter sees.
-    stepped = _stepping(optimizer, "after_step")
+    stepped = _rates(optimizer)
+    for state, lr in _stepping(stepped, "after_step"):
+        with torch.no_grad():
+            state.method.after_step(state.raw(), lr)
     layers: list[Any] = list(_ADAPTED)
     for layer in layers:
         if layer.live is None:

@@ -49,7 +49,7 @@ from intarsia.forms import Sparse
 from intarsia.method import Method
 from intarsia.operators import DECODER, decoder_of
 from intarsia.schedule import regrow
-from intarsia.site import Site, site_at, weight_name, weight_of
+from intarsia.site import Site, adaptable_layers, site_at, weight_name, weight_of
 
 Law = Callable[[Method], None]
 
@@ -228,8 +228,19 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
 
 def _attach(model: nn.Module, method: Method, name: str = "default", seed: int = 0, **more: Any) -> None:
     dtype = next(p.dtype for p in model.parameters())
-    given: dict[str, Any] = {"data": [_input(dtype)], "loss": _loss} | more
+    given: dict[str, Any] = {"data": [_input(dtype)], "loss": _loss} | _original(model, method) | more
     models.attach(model, method, name=name, seed=seed, **given)
+
+
+def _original(model: nn.Module, method: Method) -> dict[str, Any]:
+    """What the base was before it was compressed, for a method that asks: its weights, and something besides."""
+    if "original" not in method.needs():
+        return {}
+    found = {}
+    for number, (name, layer) in enumerate(adaptable_layers(model).items()):
+        W = chain.base_weight(layer).detach()
+        found[name] = W + 0.1 * _input(W.dtype, tuple(W.shape), seed=number).to(W.device)
+    return {"original": found}
 
 
 def _stir(model: nn.Module, name: str = "default", seed: int = 0) -> None:
@@ -788,8 +799,11 @@ def same_seed_same_adapter(method: Method) -> None:
     _promise(torch.equal(torch.get_rng_state(), state), "the start moves the global generator")
     torch.manual_seed(2)
     _promise(_equal(_init(method, "up", seed=0), one), "the start reads the global generator")
-    if not _equal(_init(method, "up", seed=1), one):
-        _promise(not _equal(_init(method, "again", seed=0), one), "two layers of one shape got the same random numbers")
+    own = [key for key in one if key not in method.shares()]
+    other, beside = _init(method, "up", seed=1), _init(method, "again", seed=0)
+    if any(not torch.equal(other[key], one[key]) for key in own):
+        differ = any(not torch.equal(beside[key], one[key]) for key in own)
+        _promise(differ, "two layers of one shape got the same random numbers")
     whole, part = _net(method), _net(method)
     _attach(whole, method)
     _attach(part, method, targets="again")
@@ -845,16 +859,27 @@ def rows_equal_rows_alone(method: Method) -> None:
 
 @law
 def counts_what_it_trains(method: Method) -> None:
-    """``trained_count`` is the count of numbers that train, at every shape, and so is the plan made before attaching."""
+    """``trained_count`` is the count of numbers that train, at every shape, ``shared_count`` of those that its sites share, and so is
+    the plan made before attaching."""
     model = _net(method)
     planned = models.plan(model, method)
     _attach(model, method)
+    shapes = set()
     for name, state in models.states(model, "default").items():
-        found = sum(parameter.numel() for parameter in state.learned().values() if parameter.requires_grad)
-        declared = state.method.trained_count(state.shape)
+        shape, shared = state.shape, state.method.shares()
+        counts = {k: p.numel() for k, p in state.learned().items() if p.requires_grad}
+        found = sum(count for k, count in counts.items() if k not in shared)
+        declared = state.method.trained_count(shape)
         _promise(found == declared, f"{name}: {found} numbers train, trained_count declares {declared}")
+        together, declared = sum(counts.values()) - found, state.method.shared_count(shape)
+        _promise(together == declared, f"{name}: {together} numbers are shared, shared_count declares {declared}")
+        found += 0 if shape in shapes else together
+        shapes.add(shape)
         if not method.chooses_together():  # whose plan knows the sum and not yet the parts
             _promise(found == planned[name], f"{name}: {found} numbers train, the plan says {planned[name]}")
+    notes = tuple(f".{name}" for name in method.carriers())
+    whole = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.endswith(notes))
+    _promise(whole == sum(planned.values()), f"{whole} numbers train, the plan says {sum(planned.values())} in all")
 
 
 @law
@@ -1010,7 +1035,7 @@ def _kinds() -> dict[str, Kind]:
 def _attach_to(model: nn.Module, method: Method, given: Callable[[torch.dtype], Tensor]) -> None:
     """Attach to the layer "up" of a net of any kind."""
     dtype = next(p.dtype for p in model.parameters())
-    models.attach(model, method, "up", data=[given(dtype)], loss=_loss)
+    models.attach(model, method, "up", data=[given(dtype)], loss=_loss, **_original(model, method))
 
 
 @law
@@ -1095,14 +1120,15 @@ def switches_and_stacks_with_any(method: Method) -> None:
         _attach(model, method, "mine")
         _stir(model, "mine")
         mine = model(x)
-        _attach(model, cls(**cls.small[0]), "other", seed=1)
+        another = cls(**cls.small[0])
+        _attach(model, another, "other", seed=1)
         _stir(model, "other", seed=1)
         other = model(x)
         for one, expected in (("mine", mine), ("other", other), (None, base), ("mine", mine)):
             models.activate(model, *([one] if one else []))
             _same(model(x), expected, f"output of {one or 'the base'} after switching, beside {name}")
         for names in (("mine", "other"), ("other", "mine")):
-            both: dict[str, Method | type[Method]] = {"mine": method, "other": cls}
+            both = {"mine": method, "other": another}
             low, high = (both[each] for each in names)
             what = f"{' then '.join(names)} stacked, other is {name}"
             if high.reads_weights_below and not low.mergeable:
@@ -1132,8 +1158,11 @@ def _stacked(layer: Any, names: Sequence[str], x: Tensor) -> Tensor:
         if not count:
             return F.linear(x, W, b)
         state = states[count - 1]
-        if state.method.mergeable:  # and adds to whatever weight there is
-            return output(count - 1, x) + F.linear(x, state.method.fold(state.raw(), torch.zeros_like(W), None)[0])
+        if state.method.mergeable:  # y' = M y + D x, where its fold is W' = M W + D and b' = M b
+            zero, raw = torch.zeros_like(W), state.raw()
+            columns = [state.method.fold(raw, zero, one)[1] for one in torch.eye(len(W), dtype=W.dtype)]
+            M = torch.stack([column for column in columns if column is not None], 1)
+            return F.linear(output(count - 1, x), M) + F.linear(x, state.method.fold(raw, zero, None)[0])
         for factor, insert in state.method.edit(state.raw()).inserts():
             if insert.place == "before":
                 return output(count - 1, x + factor * insert.scale * insert.inserted(x))

@@ -18,16 +18,19 @@ from torch import Tensor, nn
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Progress, gather
+from intarsia.edits import Seen
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
-from intarsia.operators import PLAIN, STACK, Operator
+from intarsia.operators import PLAIN, STACK
 from intarsia.site import (
     ALL_LINEAR,
     Site,
     adaptable_layers,
+    editable,
     every_layer,
     find_sites,
     layer_at,
+    layer_of,
     operator_at,
     partners,
     site_at,
@@ -56,6 +59,7 @@ class _Record:
     required_grad: dict[str, bool]  # of the base's parameters, to be given back
     ddp_ignored: list[str] | None  # what DistributedDataParallel was to leave alone before
     active: tuple[str, ...] = ()  # in order; a layer knows only those that it has
+    seen: dict[str, Seen] = field(default_factory=dict)  # of adapters that ask for the model's tokens
     avoided: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by adapter and site; none of a loaded one
 
 
@@ -169,7 +173,8 @@ def plan(
 ) -> dict[str, int]:
     """What :func:`attach` would train: numbers by the name of each layer that would get an adapter. Changes nothing.
 
-    Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan.
+    Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan. What
+    layers share counts at the first of them.
 
     Raises:
         IntarsiaError: for targets that match nothing, or of which the method takes none, or that it does not fit; for an
@@ -177,7 +182,12 @@ def plan(
     """
     others = _to_avoid(model, method, avoid)
     sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude, method.default_targets)))
-    return {n: m.trained_count(sites[n].shape) for n, m in _planned(method, sites, 0).items()}
+    found, shared = {}, set()
+    for name, here in _planned(method, sites, 0).items():
+        shape = sites[name].shape
+        found[name] = here.trained_count(shape) + (0 if shape in shared else here.shared_count(shape))
+        shared.add(shape)
+    return found
 
 
 def _planned(method: Method, sites: Mapping[str, Site], seed: int) -> dict[str, Method]:
@@ -233,10 +243,14 @@ def _start(
 ) -> dict[str, chain.State]:
     states: dict[str, chain.State] = {}
 
+    def starting(name: str, found: Mapping[str, Any]) -> Start:
+        rows, columns = sites[name].shape
+        return Start.at(name, seed, common=Start.at(f"shape {rows} x {columns}", seed).key, **found)
+
     def make(name: str, here: Method, found: Mapping[str, Any]) -> None:
         site = sites[name]
         with torch.no_grad():
-            states[name] = chain.State(here, site, here.init(site, Start.at(name, seed, **found)))
+            states[name] = chain.State(here, site, here.init(site, starting(name, found)))
             if site.avoid is not None:
                 disjoint.require_disjoint(name, here.edit(states[name].raw()), site.avoid)
         if progress:
@@ -244,26 +258,42 @@ def _start(
 
     def use(name: str, found: Mapping[str, Any]) -> None:
         operator = sites[name].operator
-        found = {need: operator.matrix(t) if t.ndim > 1 and need not in ON_CPU else t for need, t in found.items()}
+        as_it_is = ON_CPU | {"observed"}
+        found = {n: t if n in as_it_is or t.ndim < 2 else operator.matrix(t) for n, t in found.items()}
         if originals:
             found["original"] = originals[name].to(sites[name].weight.device)
         if method.chooses_together():
-            surveys.set(name, method.survey(sites[name], Start.at(name, seed, **found)))
+            surveys.set(name, method.survey(sites[name], starting(name, found)))
         else:
             make(name, method, found)
 
     with Mapped() as surveys:
         wanted = method.needs() & GATHERED
         if wanted and gathered is None:
+            observers = {name: method.observer(site) for name, site in sites.items()} if "observed" in wanted else None
             with differentiable({name: layer_at(model, name) for name in sites}) as weights:
-                gather(model, weights, wanted, data or (), use, loss, progress)
+                gather(model, weights, wanted, data or (), use, loss, progress, observers, method.confer)
         else:
             for name in sites:
                 use(name, gathered[name] if gathered else {})
         if method.chooses_together():
             for name, (here, found) in method.settle(sites, surveys.tensors, seed).items():
                 make(name, here, found)
-    return {name: states[name] for name in sites if name in states}
+    found = {name: states[name] for name in sites if name in states}
+    _tie(found)
+    return found
+
+
+def _tie(states: Mapping[str, chain.State]) -> None:
+    """Make the tensors that sites of one shape share one parameter. Raises IntarsiaError where their numbers differ."""
+    first: dict[tuple[Any, ...], tuple[str, nn.Parameter]] = {}
+    for site, state in states.items():
+        for name in sorted(state.method.shares()):
+            mine = state.get_parameter(name)
+            other, one = first.setdefault((name, state.shape, mine.dtype, mine.device), (site, mine))
+            if one.shape != mine.shape or not torch.equal(one, mine):
+                raise IntarsiaError(f"{name} of {site} is to be that of {other}, and has other numbers")
+            setattr(state, name, one)
 
 
 def _put_on(
@@ -284,6 +314,11 @@ def _put_on(
         record(model).adapters[name] = attached
         if avoided is not None:
             record(model).avoided[name] = dict(avoided)
+        if attached.method.watches:
+            seen = record(model).seen[name] = Seen()
+            seen.watch(model)
+            for state in states.values():
+                state.seen = seen
         shared = {site: partners(model, site).items() for site in states}
         for site, state in states.items():
             with_it = [(model.get_submodule(other), operator) for other, operator in shared[site]]
@@ -372,6 +407,8 @@ def _remove(model: nn.Module, name: str) -> None:
             chain.take_off(layer, name)
     del record(model).adapters[name]
     record(model).avoided.pop(name, None)
+    if name in record(model).seen:
+        record(model).seen.pop(name).leave(model)
     _tell_ddp(model)
     if not record(model).adapters:
         _give_back(model)
@@ -479,11 +516,19 @@ def digest(model: nn.Module) -> str:
         return store.weights_digest((k + rest, t) for k, w in named for rest, t in packing_of(w).stored(w).items())
 
 
-def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Every tensor of an adapter, supports included, by ``<site>/<tensor>``; for training checkpoints."""
+def _by_name(model: nn.Module, name: str) -> dict[tuple[str, str], tuple[str, Tensor]]:
+    """Every tensor of an adapter by (site, name): under which name it is saved, which is the first site's where several share it."""
+    first: dict[int, str] = {}
     return {
-        f"{site}/{k}": t.detach() for site, state in states(model, name).items() for k, t in state.tensors().items()
+        (site, k): (first.setdefault(id(t), f"{site}/{k}"), t)
+        for site, state in states(model, name).items()
+        for k, t in state.tensors().items()
     }
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every tensor of an adapter, supports included, by ``<site>/<tensor>``, one that sites share once; for training checkpoints."""
+    return {key: tensor.detach() for key, tensor in _by_name(model, name).values()}
 
 
 def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
@@ -492,7 +537,7 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
     Raises:
         IntarsiaError: listing every missing, extra or misshapen tensor.
     """
-    wanted = {f"{site}/{k}": t for site, state in states(model, name).items() for k, t in state.tensors().items()}
+    wanted = dict(_by_name(model, name).values())
     faults = [f"missing {k}" for k in sorted(wanted.keys() - saved.keys())]
     faults += [f"unexpected {k}" for k in sorted(saved.keys() - wanted.keys())]
     faults += [
@@ -515,8 +560,10 @@ def load_adapter_state(model: nn.Module, name: str, saved: Mapping[str, Tensor])
 
 def _check_numbers(model: nn.Module, name: str, saved: Mapping[str, Tensor]) -> None:
     """Raise for indices out of range and numbers that are not finite, by building the edits that the state would make."""
+    called = _by_name(model, name)
     for site, state in states(model, name).items():
-        p = chain.Tensors({k: saved[f"{site}/{k}"] for k in state.tensors()}, state.shape, operator=state.operator)
+        given = {k: saved[called[site, k][0]] for k in state.tensors()}
+        p = chain.Tensors(given, state.shape, operator=state.operator)
         edit = state.method.edit(p)
         try:
             edit.made_of(edit.tensors())
@@ -533,7 +580,11 @@ def export(
     check_unoccupied(model)  # or it would be said to belong to a base that nobody has
     name = _only(model) if name is None else name
     attached = record(model).adapters.get(name)
-    edits = {weight_name(model, site): state.method.edit(state.raw()) for site, state in states(model, name).items()}
+    edits = {}
+    for site, state in states(model, name).items():
+        edits[weight_name(model, site)] = state.method.edit(state.raw())
+        if chain.bias(layer_at(model, site)) is not None and (edit := state.method.bias_edit(state.raw())) is not None:
+            edits[f"{site}.bias"] = edit
     assert attached is not None
     about: dict[str, Any] = {
         "targets": list(attached.targets),
@@ -549,12 +600,9 @@ def export(
 def base_of(model: nn.Module, weights: Iterable[str]) -> tuple[store.Base, dict[str, Any]]:
     """What an adapter's file says of its base and of how the weights, named as in the model, are stored there."""
     weights = list(weights)
-    named = {weight_name(model, name): layer for name, layer in every_layer(model).items()}
-    layouts = {
-        weight: operator.layout for weight in weights if isinstance(operator := operator_at(named[weight]), Operator)
-    }
+    layouts = {weight: operator_at(model, weight).layout for weight in weights}
     otherwise = {weight: layout for weight, layout in layouts.items() if layout != PLAIN}
-    base = store.Base(digest(model), _dtype(named[weights[0]]), _source(model))
+    base = store.Base(digest(model), _dtype(model, weights), _source(model))
     return base, {"layouts": otherwise} if otherwise else {}
 
 
@@ -612,6 +660,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
             with torch.no_grad():
                 here = method.at(edit, site)
                 made[n] = chain.State(here, site, here.restore(edit, site))
+        _tie(made)
     _put_on(model, name, attached, made)
     return name
 
@@ -650,8 +699,7 @@ def check_fits(
     """Raise one IntarsiaError with everything that keeps the adapter from sitting on this model.
 
     ``otherwise``: what to do about another base, besides loading that one."""
-    names = {weight_name(model, name): name for name in every_layer(model)}
-    weights = {weight: operator_at(layer_at(model, name)) for weight, name in names.items()}
+    weights = editable(model)
     layouts = adapter.about.get("layouts", {})
     faults = []
     for name, edit in adapter.outlines.items():
@@ -660,7 +708,7 @@ def check_fits(
             faults.append(f"{name}: the model has no such weight that can be adapted; {nearest(name, weights)}")
         elif isinstance(operator, str):
             faults.append(f"{name}: {operator}")
-        elif (found := site_at(model, name.removesuffix(".weight")).shape) != tuple(edit.shape):
+        elif (found := _shape_at(model, name)) != tuple(edit.shape):
             faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
         elif wrong := [insert for _, insert in edit.inserts() if operator.kind not in insert.sits_at]:
             faults.append(
@@ -672,12 +720,12 @@ def check_fits(
     if not adapter.edits:
         faults.append("it edits nothing")
     if not faults:
-        faults = unfit(model, [names[weight] for weight in adapter.edits])
+        faults = unfit(model, dict.fromkeys(map(layer_of, adapter.edits)))
     if faults:
         more = [f"... and {len(faults) - 8} more"] if len(faults) > 8 else []
         raise IntarsiaError(f"{where} does not fit this model:\n  " + "\n  ".join(faults[:8] + more))
     if base_digest is not None and base_digest != adapter.base.digest:
-        dtype = _dtype(layer_at(model, names[next(iter(adapter.edits))]))
+        dtype = _dtype(model, adapter.edits)
         why = (
             f"it was made on {adapter.base.dtype}, this model is {dtype}"
             if dtype != adapter.base.dtype
@@ -688,6 +736,12 @@ def check_fits(
             f"{where} belongs to another base ({why}): made on {adapter.base.source or 'a model'} with digest "
             f"{adapter.base.digest[:12]}, this model has {base_digest[:12]}. Load that base{so}, or {otherwise}"
         )
+
+
+def _shape_at(model: nn.Module, parameter: str) -> tuple[int, int]:
+    """(O, I) of a weight, (O, 1) of a bias; without unpacking anything."""
+    site = site_at(model, layer_of(parameter))
+    return (site.shape[0], 1) if parameter.endswith(".bias") else site.shape
 
 
 # ------------------------------------------------------------------ who may write the weights
@@ -763,8 +817,8 @@ def _only(model: nn.Module) -> str:
     return names[0]
 
 
-def _dtype(layer: nn.Module) -> str:
-    weight = weight_of(layer)
+def _dtype(model: nn.Module, weights: Iterable[str]) -> str:
+    weight = weight_of(layer_at(model, layer_of(next(iter(weights)))))
     return packing_of(weight).name(weight)
 
 

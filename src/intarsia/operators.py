@@ -15,6 +15,7 @@ a few functions a kind, so that nothing else asks what kind a layer is:
     |             | or (E, I, O), as of experts | (E, I, O)        | (O, E I)             | the module's own affair     |
     | decoder     | a module that turns tokens' | its embedding's  | transposed, read and | the module's own affair     |
     |             | embeddings into states      |                  | never written        |                             |
+    | bias        | the bias of any of these    | (O,)             | (O, 1)               | its layer's                 |
 
 The matrix is a view: writing into it writes the stored weight. Of a decoder, as of LlamaModel, no weight is changed: something stands
 before its tokens. Its (O, I) are the width of a token's embedding and the numbers that a token leaves in the cache.
@@ -284,17 +285,17 @@ class _Addmm(Linear):
 
 
 @dataclass(frozen=True)
-class _OfModule(Operator):
-    """A weight that a module reads by itself, so that no product of ours is asked for."""
+class Written(Operator):
+    """What is only ever set into: no forward of ours computes with it."""
 
     def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-        raise AssertionError("the module computes with it, not we")
+        raise AssertionError("its module computes with it, not we")
 
     def low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        raise AssertionError("the module computes with it, not we")
+        raise AssertionError("its module computes with it, not we")
 
     def input_gradient(self, gy: Tensor, W: Tensor, shape: Sequence[int]) -> None:
-        raise AssertionError("the module computes with it, not we")
+        raise AssertionError("its module computes with it, not we")
 
     def bias_gradient(self, gy: Tensor) -> Tensor:
         raise AssertionError("a parameter has no bias")
@@ -306,7 +307,7 @@ class _OfModule(Operator):
 
 
 @dataclass(frozen=True)
-class Stack(_OfModule):
+class Stack(Written):
     """A parameter of E matrices that a module reads itself. It is seen as one matrix, and only setting in can train it."""
 
     kind = STACK
@@ -321,7 +322,20 @@ class Stack(_OfModule):
 
 
 @dataclass(frozen=True)
-class Decoder(_OfModule):
+class Bias(Written):
+    """A layer's bias (O,), seen as a matrix of one column, so that an edit of it is an edit like any other. Methods sit at weights."""
+
+    kind = "bias"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight[:, None]
+
+
+BIAS = Bias()
+
+
+@dataclass(frozen=True)
+class Decoder(Written):
     """A module from embeddings to hidden states. Its matrix is that of its own embedding, one column for each token."""
 
     kind = DECODER

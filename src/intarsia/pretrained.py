@@ -248,13 +248,40 @@ def _read(folder: Path, dtype: torch.dtype | str) -> tuple[Any, Any]:
 
     with hushed(), _about(folder, "its model is none that can be read here"):
         # Mismatched weights are let through to be told by name below.
-        options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        thin = bases.read_ranks(folder)
+        if thin is not None:
+            model, report = _read_thin(folder, dtype, thin)
+        else:
+            options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
     with hushed(), _about(folder, "its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     _complete(folder, report)
     _pad(str(folder), model, tokenizer)
     return model, tokenizer
+
+
+def _read_thin(folder: Path, dtype: torch.dtype | str, thin: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+    """A model with thin layers, of which transformers itself knows nothing, and what of it was not in the files."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    wanted = config.dtype or torch.float32 if dtype == "auto" else dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    bases.make_room(model, thin)
+    index = folder / WEIGHT_INDEX
+    files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values())) if index.is_file() else []
+    tensors = {k: t for file in files or ["model.safetensors"] for k, t in load_file(folder / file).items()}
+    own = model.state_dict()
+    odd = [(k, t.shape, own[k].shape) for k, t in tensors.items() if k in own and own[k].shape != t.shape]
+    model.load_state_dict({k: t for k, t in tensors.items() if k not in {name for name, _, _ in odd}}, strict=False)
+    model.tie_weights()
+    there = {id(t) for k, t in model.named_parameters(remove_duplicate=False) if k in tensors}
+    missing = [k for k, t in model.named_parameters(remove_duplicate=False) if id(t) not in there]
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval(), {"missing_keys": [k for k in missing if k not in tensors], "mismatched_keys": odd}
 
 
 @contextlib.contextmanager

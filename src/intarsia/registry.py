@@ -7,22 +7,28 @@ a class; what is built, saved and shown later is the method itself.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
-import importlib.metadata
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method
+from intarsia.named import Catalogue, N, Named
 
-_METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-GROUP = "intarsia.methods"
-ROOMS = ("intarsia.analyze", "intarsia.compress", "intarsia.merge")  # that have systems which are no methods
+METHODS: Catalogue[Method] = Catalogue("method", "intarsia.methods")
+register = METHODS.register
+OUTSIDE = "package.module:function"  # how something of another package is named
+# That have systems which are no methods:
+ROOMS = (
+    "intarsia.allocators",
+    "intarsia.analyze",
+    "intarsia.compress",
+    "intarsia.merge",
+    "intarsia.optim",
+    "intarsia.shrink",
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class Variant:
     formula: str
     paper: str
     fields: Mapping[str, Any] = field(default_factory=dict)
+    trained: str = ""  # where the fields change it
+    role: str = ""  # likewise
 
 
 _VARIANTS = {
@@ -73,7 +81,16 @@ _VARIANTS = {
             "arXiv:2110.07560",
             {"scorer": "movement", "budget": "model"},
         ),
+        Variant("bat", "bone", "BAT", "W' = W + W_pq B_p + B_p", "arXiv:2409.15371", {"variant": "bat"}),
+        Variant("miss", "bone", "MiSS", "W' = W + [D D ... D]^T", "arXiv:2409.15371"),
+        Variant(
+            "inttune", "nlora", "IntTune", "W' = W + s B (N - N0) A", "arXiv:2502.14482", {"trains": "core"}, "r^2"
+        ),
+        Variant(
+            "pissa", "lora", "PiSSA", "W' = W + s (B A - B0 A0)", "arXiv:2404.02948", {"start": "pissa"}, role="init"
+        ),
         Variant("rslora", "lora", "rsLoRA", "W' = W + alpha / sqrt(r) B A", "arXiv:2312.03732", {"scaling": "rslora"}),
+        Variant("slora", "nlora", "SLoRA", "W' = W + s B N A", "arXiv:2502.14482", {"start": "slora"}),
         Variant(
             "supra",
             "rosa",
@@ -94,32 +111,36 @@ _VARIANTS = {
 }
 
 
-def register(cls: M) -> M:
-    """Class decorator: make a method known under its ``name``. A name that is taken is an error."""
-    taken = _METHODS.get(cls.name)
-    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise IntarsiaError(f"the method name {cls.name!r} of {cls.__module__} is taken by {taken.__module__}")
-    _METHODS[cls.name] = cls
-    return cls
-
-
-@functools.cache
-def _load() -> None:
-    importlib.import_module("intarsia.methods")  # by name, as the others: methods import this module, not it them
-    for point in importlib.metadata.entry_points(group=GROUP):
-        try:
-            register(point.load())
-        except Exception as error:
-            raise IntarsiaError(
-                f"the package {point.dist.name if point.dist else '?'} offers the method {point.name!r}, "
-                f"but loading {point.value} failed: {error}; repair or uninstall that package"
-            ) from error
-
-
 def methods() -> dict[str, type[Method]]:
     """Every known method, by name, in alphabetical order."""
-    _load()
-    return dict(sorted(_METHODS.items()))
+    importlib.import_module("intarsia.methods")  # by name, as the rooms: methods import this module, not it them
+    return METHODS.known()
+
+
+# What a method asks for besides a training loop, in a word: a pass over data with gradients, one without, a dense training before, the
+# weights before the base was compressed.
+_ASKED = {
+    "gradient": "gradient",
+    "fisher": "gradient",
+    "inputs": "data",
+    "magnitudes": "data",
+    "gram": "data",
+    "mean": "data",
+    "observed": "data",
+    "movement": "first training",
+    "original": "original",
+}
+
+
+def asks_for(cls: type[Method]) -> dict[str, bool]:
+    """What a method needs besides a training loop: words, and whether it needs that in all of its settings, or in some."""
+    found = [_asked(build({"name": cls.name, **setting})) for setting in cls.small]
+    return {word: all(word in one for one in found) for word in dict.fromkeys(word for one in found for word in one)}
+
+
+def _asked(method: Method) -> list[str]:
+    words = list(dict.fromkeys(_ASKED[need] for need in sorted(method.needs())))
+    return words + (["callback"] if method.wants_callback() else [])
 
 
 def variants() -> dict[str, Variant]:
@@ -152,26 +173,88 @@ def build(config: str | Mapping[str, Any]) -> Method:
     Raises:
         IntarsiaError: for an unknown name or field (with the nearest), a wrong type, or a value out of range.
     """
-    if isinstance(config, str):
-        config = {"name": config}
-    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
-        raise IntarsiaError(f"a method is given as {{name: ..., field: value}}; found {config!r}")
+    config = METHODS.told(config)
     cls = find(config["name"])
     variant = variants().get(config["name"])
+    fixed: Mapping[str, Any] = variant.fields if variant else {}
+    for key in fixed.keys() & config.keys():
+        raise IntarsiaError(
+            f"{config['name']} is {cls.name} with {key}={fixed[key]!r}, so {key} cannot be given; "
+            f"leave it out, or name the method {cls.name!r}"
+        )
+    return made(cls, {**fixed, **config})
+
+
+def made(cls: type[N], config: Mapping[str, Any], hints: Mapping[str, str] = {}) -> N:
+    """One of a class from its plain fields; ``name`` is passed over.
+
+    Args:
+        hints: what to say of some fields that it does not have.
+
+    Raises:
+        IntarsiaError: for an unknown field (with the nearest), a wrong type, or a value out of range.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = dict(variant.fields) if variant else {}
-    for key, value in config.items():
-        if key == "name":
-            continue
+    values = {key: value for key, value in config.items() if key != "name"}
+    for key in values:
         if key not in fields:
-            raise IntarsiaError(f"{cls.name} has no field {key!r}; {nearest(key, fields)}")
-        if variant and key in variant.fields:
-            raise IntarsiaError(
-                f"{variant.name} is {cls.name} with {key}={variant.fields[key]!r}, so {key} cannot be given; "
-                f"leave it out, or name the method {cls.name!r}"
-            )
-        values[key] = fit(cls.name, fields[key], value)
-    return cls(**values)
+            raise IntarsiaError(f"{cls.name} has no field {key!r}; {hints.get(key) or nearest(key, fields)}")
+    return cls(**{key: fit(cls.name, fields[key], value) for key, value in values.items()})
+
+
+def system_of(cls: type[Named], kind: str, **facts: Any) -> System:
+    """What ``intarsia methods`` tells of a class with a name that is no method."""
+    return System(
+        id=cls.name,
+        kind=kind,
+        role=kind,
+        title=cls.title,
+        formula=cls.formula,
+        paper=cls.paper,
+        about=cls.__module__,
+        fields=tuple((f.name, f) for f in dataclasses.fields(cls)),  # type: ignore[arg-type]
+        facts=facts,
+    )
+
+
+def imported(what: str, name: str) -> Any:
+    """What ``package.module:function`` names, imported; ``what`` it is to be, for the error.
+
+    Raises:
+        IntarsiaError: where it cannot be imported.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise IntarsiaError(
+            f"{what} {name!r}: {error}; expected {OUTSIDE!r}, importable from where this runs"
+        ) from error
+    return found
+
+
+def with_tokens(config: Mapping[str, Any], tokens_of: Callable[[str], Sequence[int]]) -> dict[str, Any]:
+    """A method's config with texts turned into token numbers, in the fields that say so (``option(..., tokens=True)``).
+
+    Methods know no tokenizer; whoever has one calls this before :func:`build`.
+
+    Raises:
+        IntarsiaError: for a text that is no token at all.
+    """
+    found = dict(config)
+    for each in dataclasses.fields(find(config["name"])):  # type: ignore[arg-type]
+        text = config.get(each.name)
+        if isinstance(text, Mapping) and "name" in text:
+            found[each.name] = with_tokens(text, tokens_of)
+        elif isinstance(text, str) and each.metadata.get("tokens"):
+            found[each.name] = list(tokens_of(text))
+            if not found[each.name]:
+                raise IntarsiaError(
+                    f"{config['name']}: {each.name}={text!r} makes no token; give a text of one or more"
+                )
+    return found
 
 
 def fit(owner: str, field: dataclasses.Field[Any], value: Any, called: str = "") -> Any:

@@ -24,6 +24,7 @@ from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.operators import (
     ADAPTABLE,
+    BIAS,
     DECODER,
     LINEAR,
     Bare,
@@ -105,7 +106,7 @@ def every_layer(model: nn.Module) -> dict[str, Any]:
     return adaptable_layers(model) | decoders(model)
 
 
-def operator_at(layer: nn.Module) -> Operator | str | None:
+def operator_for(layer: nn.Module) -> Operator | str | None:
     """What an adaptable layer does with its weight, or how a decoder uses its embedding's; a text: why it cannot be adapted."""
     return operator_of(layer) or decoder_of(layer)
 
@@ -131,10 +132,47 @@ def weight_name(model: nn.Module, name: str) -> str:
     return name if isinstance(layer, Bare) or embedding_of(layer) is not None else f"{name}.weight"
 
 
+def layer_of(parameter: str) -> str:
+    """The layer whose weight or bias, named as in the model, this is."""
+    return parameter.removesuffix(".weight").removesuffix(".bias")
+
+
+def editable(model: nn.Module) -> dict[str, Operator | str]:
+    """Everything that an edit may change, by its name in the model, and what is done with it, or why it cannot be changed: the
+    weights that can be adapted, the biases of their layers, and the decoders, before whose tokens something may stand."""
+    found: dict[str, Operator | str] = {}
+    for name, layer in adaptable_layers(model).items():
+        operator = operator_of(layer)
+        assert operator is not None
+        found[weight_name(model, name)] = operator
+        if getattr(layer, "bias", None) is not None and not isinstance(operator, str):
+            found[f"{name}.bias"] = BIAS
+    for name, module in decoders(model).items():
+        operator = decoder_of(module)
+        assert operator is not None
+        found[name] = operator
+    return found
+
+
+def operator_at(model: nn.Module, parameter: str) -> Operator:
+    """What is done with a weight or a bias, named as in the model, that can be edited."""
+    operator = operator_for(layer_at(model, layer_of(parameter)))
+    assert isinstance(operator, Operator)
+    return BIAS if parameter.endswith(".bias") else operator
+
+
+def matrix_at(model: nn.Module, parameter: str) -> Tensor:
+    """A weight or a bias, named as in the model, as its edits know it: (O, I), a view; of a packed weight the numbers that it
+    stands for."""
+    if parameter.endswith(".bias"):
+        return BIAS.matrix(model.get_parameter(parameter).detach())
+    return site_at(model, layer_of(parameter)).weight.detach()
+
+
 def site_at(model: nn.Module, name: str) -> Site:
     """The site of a layer that :func:`unfit` has nothing against."""
     layer = layer_at(model, name)
-    operator = operator_at(layer)
+    operator = operator_for(layer)
     assert isinstance(operator, Operator)
     bias = getattr(layer, "bias", None)
     return Site(name, weight_of(layer), bias, (), operator, tuple(partners(model, name)))

@@ -20,7 +20,24 @@ from intarsia.analyze import awom, awor, input_norms, interference, interference
 from intarsia.analyze import reduced as reductions
 from intarsia.analyze.interference import Interference
 from intarsia.analyze.pair import Pair
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements, to_dense
+from intarsia.edits import (
+    BlockAffine,
+    Blocks,
+    Combined,
+    Dense,
+    Edit,
+    Kronecker,
+    LowRank,
+    Multiplied,
+    Rescaled,
+    Scaled,
+    Sparse,
+    Sum,
+    Tiled,
+    Transformed,
+    elements,
+    to_dense,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Base
 from intarsia.support import named_granularity
@@ -175,6 +192,13 @@ KINDS: dict[str, Callable[[torch.Generator], Edit]] = {
     "full rank": _low_rank(O),
     "dense": lambda g: Dense((O, I), _some(g, O, I)),
     "kronecker": lambda g: Kronecker((O, I), _some(g, 3, 4), _some(g, 4, 4), 0.5),
+    "blocks": lambda g: Blocks((O, I), _some(g, 4, O // 4, 1), _some(g, 4, 1, I // 4), -0.3),
+    "combined": lambda g: Combined((O, I), _some(g, 5), _some(g, 7), 2, 3, 0.5),
+    "scaled": lambda g: Scaled((O, I), _some(g, 3, 4), _some(g, 4, min(O, I)), 3, "dense", "paper", 0.1),
+    "tiled": lambda g: Tiled((O, I), _some(g, 2, O)),
+    "block affine": lambda g: BlockAffine((O, I), _some(g, O // 4, 4, 4)),
+    "multiplied": lambda g: Multiplied((O, I), _low_rank(2)(g)),
+    "transformed": lambda g: Transformed((O, I), _low_rank(2)(g), (("haar", "hadamard"),)),
     "rescaled": lambda g: Rescaled((O, I), _low_rank(2)(g), _some(g, O).abs() + 0.5),
     "sparse sum": lambda g: Sum((O, I), (_sparse("element", None)(g), _sparse("row", 1)(g)), (0.5, -2.0)),
     "low rank sum": lambda g: Sum((O, I), (_low_rank(1)(g), _low_rank(2)(g)), (0.5, -2.0)),

@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import intarsia as ia
 from intarsia import pretrained
 from intarsia.edits import Sparse
+from intarsia.methods import Sora
 from toy import save_toy, toy_model, toy_tokenizer
 
 
@@ -78,6 +79,23 @@ def test_the_report_for_people(intarsia, world):
     assert ended.code == 0, ended.err
     based = ended.out
     assert "of the changed entries vanish when set into the bfloat16 base" in " ".join(based.split())
+
+
+def test_the_ranks_that_a_method_has_dealt_out(intarsia, tmp_path):
+    """SoRA's edit has the ranks whose gate is not 0, in one weight none at all."""
+    model = toy_model()
+    ia.attach(model, Sora(rank=4), targets=["q_proj", "down_proj"])
+    with torch.no_grad():
+        for number, state in enumerate(ia.model.states(model, "default").values()):
+            state.get_parameter("B").add_(0.1)
+            state.get_parameter("gate")[number + 1 :] = 0
+        next(iter(ia.model.states(model, "default").values())).get_parameter("gate").zero_()
+    folder = ia.save(model, tmp_path / "a")
+    shown = intarsia("show", folder, "--json").json
+    assert sorted(shown["ranks"].values()) == [0, 2, 3, 4]
+    assert shown["ranks"]["model.layers.0.self_attn.q_proj.weight"] == 0
+    said = intarsia("show", folder).out
+    assert "0 to 4 a weight, 9 in all, most in model.layers.1.mlp.down_proj" in said
 
 
 def test_spectra_of_the_most_changed_weights(intarsia, world):

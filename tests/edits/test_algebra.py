@@ -16,14 +16,23 @@ import intarsia as ia
 from intarsia import store
 from intarsia.edits import (
     KINDS,
+    BlockAffine,
+    Blocks,
+    Combined,
+    Core,
     Dense,
     Edit,
     Kernel,
     Kronecker,
     LowRank,
+    Multiplied,
     Rescaled,
+    Scaled,
+    Sequential,
     Sparse,
     Sum,
+    Tiled,
+    Transformed,
     add,
     build_edit,
     elements,
@@ -73,6 +82,15 @@ WIDTHS: dict[str, list[int | None]] = {
 }
 assert WIDTHS.keys() == GRANULARITIES.keys(), "a granularity without a test"
 
+
+def _core(g: torch.Generator, more: str) -> Core:
+    sizes = {"A": (2, I), "B": (O, 2), "C": (2, 2), "c": (2,)}
+    names = ["A", "B", *more.split()]
+    made = {name: _some(g, *sizes[name[0]]) for name in names}
+    now = {name.upper(): tensor for name, tensor in made.items() if len(name) == 1}
+    return Core((O, I), now, {name[0].upper(): tensor for name, tensor in made.items() if len(name) == 2}, -0.5)
+
+
 MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
     **{
         f"{name} {width}": lambda g, name=name, width=width: _sparse(name, width, g)  # type: ignore[misc]
@@ -81,6 +99,15 @@ MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
     },
     "low_rank": lambda g: LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5),
     "kronecker": lambda g: Kronecker((O, I), _some(g, 3, 8), _some(g, 4, 2), -1.5),
+    "blocks": lambda g: Blocks((O, I), _some(g, 4, 3, 2), _some(g, 4, 2, 4), 0.5),
+    "combined": lambda g: Combined((O, I), _some(g, 5), _some(g, 7), 3, 11, -0.5),
+    "scaled": lambda g: Scaled((O, I), _some(g, 5, 3), _some(g, 3, O), 7, "dense", "peft", 0.5),
+    "summed": lambda g: Scaled((O, I), _some(g, 2, 6), _some(g, 6, O), 7, "sparse", "summed", 2.0),
+    "core": lambda g: _core(g, "C"),
+    "diagonal core": lambda g: _core(g, "c"),
+    "moved factors": lambda g: _core(g, "A0 B0"),
+    "moved core": lambda g: _core(g, "C C0 A0"),
+    "moved diagonal": lambda g: _core(g, "c c0 B0 A0"),
     "dense": lambda g: Dense((O, I), _some(g, O, I)),
     "kernel": lambda g: Kernel((O, I), _some(g, 2, I, 3), _some(g, 2, O, 3), None, 150, "soft"),
     "full kernel": lambda g: Kernel((O, I), _some(g, 2, I, 3), _some(g, 2, O, 3), None, 0, "none", "linear", 2.0),
@@ -88,6 +115,17 @@ MAKERS: dict[str, Callable[[torch.Generator], Edit]] = {
         (O, I), (_sparse("line", 4, g), LowRank((O, I), _some(g, O, 1), _some(g, 1, I), 1.0)), (0.5, 2.0)
     ),
     "sparse sum": lambda g: Sum((O, I), (_sparse("tile", 2, g), _sparse("element", None, g)), (-1.0, 0.5)),
+    "sequential": lambda g: Sequential((O, I), _some(g, O, 2), _some(g, 2, O), -0.5),
+    "tiled": lambda g: Tiled((O, I), _some(g, 3, 4)),
+    "block affine": lambda g: BlockAffine((O, I), _some(g, O // 4, 4, 4)),
+    "multiplied": lambda g: Multiplied((O, I), LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5)),
+    "multiplied whole": lambda g: Multiplied((O, I), LowRank((O, I), _some(g, O, 2), _some(g, 2, I), 0.5), 0.0),
+    "bands": lambda g: Transformed(
+        (O, I),
+        LowRank((O // 2, I // 2), _some(g, O // 2, 2), _some(g, 2, I // 2), 0.5),
+        (("haar-low", "haar-low"), ("haar-high", "haar-low")),
+    ),
+    "coefficients": lambda g: Transformed((O, I), _sparse("element", None, g), (("identity", "hadamard"),), 2.0),
     "rescaled": lambda g: Rescaled((O, I), _sparse("element", None, g), _some(g, O).abs() + 0.5),
 }
 
@@ -288,3 +326,26 @@ def test_the_product_of_kronecker_by_hand():
     A, B = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
     expected = torch.tensor([[1.0, 10.0, 2.0, 20.0], [100.0, 1000.0, 200.0, 2000.0]])
     assert Kronecker((2, 4), A, B, 3.0).delta(torch.zeros(2, 4)).equal(3 * expected)
+
+
+@quick
+@given(
+    st.sampled_from(
+        ["C", "c", "A0", "B0", "A0 B0", "C C0", "C A0", "C C0 A0", "C C0 B0", "c c0 A0 B0", "C C0 A0 B0", "c c0"]
+    ),
+    st.integers(0, 999),
+)
+def test_a_core_edit_is_its_formula(more, seed):
+    """W' = W + s (B C A - B0 C0 A0), where what did not move is as it is now; and as two factors the same."""
+    edit = _core(torch.Generator().manual_seed(seed), more)
+    square = {k: torch.diag(t) if t.ndim == 1 else t for k, t in edit.tensors().items()}
+    B, A, C = square["B"], square["A"], square.get("C", torch.eye(2, dtype=torch.float64))
+    D = B @ C @ A
+    if "0" in more:
+        D = D - square.get("B0", B) @ square.get("C0", C) @ square.get("A0", A)
+    W = _weight()
+    _close(edit.fold(W), W - 0.5 * D)
+    _close(edit.low_rank().delta(W), -0.5 * D)
+    still = Core(edit.shape, edit.now, {k: edit.now[k] for k in edit.start}, 3.0)
+    if edit.start:
+        assert not still.delta(W).any()  # at the start it is nothing, to the bit

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import intarsia as ia
-from intarsia.allocators import budget, compete, score
+from intarsia.allocators import reallocate
 from intarsia.methods import Snella
 from intarsia.support import proportional
 from small import SITES, layer_of, small_net, some_input, some_loss, state_of, trained
@@ -24,12 +24,12 @@ def _steps(model: torch.nn.Module, first: int, last: int, steps: int, lr: float 
         optimizer.zero_grad()
         some_loss(model, some_input(seed=step)).backward()
         optimizer.step()
-        compete(model, "default", step, steps)
+        reallocate(model, "default", step, steps)
 
 
 def test_the_budget_falls_by_a_cubic():
     method = Snella(sparsity=0.9, start_sparsity=0.2, warmup=0.1, hold=0.3)
-    found = [budget(step, 1000, method, 10_000) for step in range(1, 1001)]
+    found = [method.budget(step, 1000, 10_000) for step in range(1, 1001)]
     assert found[0] == found[99] == 8000  # to the end of the warm-up
     assert found[699] == found[-1] == 1000  # from where it holds
     assert all(a >= b for a, b in itertools.pairwise(found))
@@ -39,7 +39,7 @@ def test_the_budget_falls_by_a_cubic():
 def test_the_budget_of_a_run_without_a_fall():
     """warmup + hold = 1: a step down, and no division by zero."""
     method = Snella(sparsity=0.5, warmup=0.5, hold=0.5)
-    assert [budget(step, 4, method, 100) for step in (1, 2, 3, 4)] == [100, 100, 50, 50]
+    assert [method.budget(step, 4, 100) for step in (1, 2, 3, 4)] == [100, 100, 50, 50]
 
 
 def test_a_layer_with_all_the_score_is_capped_and_the_rest_spread():
@@ -54,7 +54,7 @@ def test_equal_scores_are_snell_with_one_sparsity():
     for site in SITES:
         for name in ("importance_A", "importance_B", "spread_A", "spread_B"):
             getattr(state_of(model, site), name).fill_(0.5)
-    counts = compete(model, "default", 100, 100)
+    counts = reallocate(model, "default", 100, 100)
     assert sum(counts.values()) == round(0.1 * 3 * 384)
     assert set(counts.values()) <= {38, 39}
     for site in SITES:
@@ -77,7 +77,9 @@ def test_the_scores_are_smoothed_sensitivity_and_uncertainty():
         torch.testing.assert_close(state.importance_A, torch.full_like(state.A, mean), rtol=1e-12, atol=0)
         spread = 0.85 * 0.15 * 1.7 + 0.15 * (2 - mean)
         torch.testing.assert_close(state.spread_A, torch.full_like(state.A, spread), rtol=1e-12, atol=0)
-        assert score(state) == pytest.approx(mean * spread, rel=1e-12)  # B has no gradient yet: its part is 0
+        assert state.method.score(state) == pytest.approx(
+            mean * spread, rel=1e-12
+        )  # B has no gradient yet: its part is 0
         for _ in range(400):
             state.method.before_step(p)
     torch.testing.assert_close(state.importance_A, torch.full_like(state.A, 2.0), rtol=1e-9, atol=0)
@@ -116,15 +118,15 @@ def test_the_zeros_of_each_layer_are_what_it_was_given():
 def test_it_competes_when_it_is_due():
     model = small_net()
     ia.attach(model, Snella(rank=4, every=10, warmup=0.2))
-    even = compete(model, "default", 1, 100)
+    even = reallocate(model, "default", 1, 100)
     assert set(even.values()) == {384}  # start_sparsity is 0
-    assert compete(model, "default", 7, 100) == {}
-    assert compete(model, "default", 50, 100)
-    assert compete(model, "default", 100, 100)
+    assert reallocate(model, "default", 7, 100) == {}
+    assert reallocate(model, "default", 50, 100)
+    assert reallocate(model, "default", 100, 100)
     with pytest.raises(ia.IntarsiaError, match="step 101 of 100"):
-        compete(model, "default", 101, 100)
+        reallocate(model, "default", 101, 100)
     ia.attach(model, ia.Lora(2), name="other")
-    assert compete(model, "other", 1, 100) == {}
+    assert reallocate(model, "other", 1, 100) == {}
 
 
 def test_a_resumed_run_competes_as_the_run_itself():
@@ -158,6 +160,6 @@ def test_the_layer_that_has_to_change_gets_the_most():
         optimizer.zero_grad()
         F.mse_loss(model(x), goal(x).detach()).backward()
         optimizer.step()
-        compete(model, "default", step, 100)
+        reallocate(model, "default", step, 100)
     kept = {site: 576 - int(state_of(model, site).zeros) for site in ("0", "2", "4")}
     assert kept["2"] > 1.2 * max(kept["0"], kept["4"])

@@ -144,7 +144,7 @@ def test_weights_that_peft_saves_beside_an_embedding_are_let_pass_only_if_they_a
         ("lora", {"layer_replication": [[0, 2]]}, "layer_replication"),
         ("lora", {"target_parameters": ["experts.w"]}, "target_parameters"),
         ("lora", {"kasa_config": {"beta": 1}}, "kasa_config"),
-        ("lora", {"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+        ("lora", {"alora_invocation_tokens": ["x"]}, "expected one or more numbers of tokens"),
         ("lora", {"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ("lora", {"init_lora_weights": "loftq"}, "init_lora_weights='loftq' moves part of the base"),
         ("lora", {"use_spiral": True}, "use_spiral=true is a field that this version does not know"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import intarsia as ia
-from intarsia.edits import Edit, Kernel, LowRank, Rescaled, Sparse, Sum, columns, elements
+from intarsia.edits import Blocks, Combined, Edit, Kernel, LowRank, Rescaled, Sparse, Sum, columns, elements
 from intarsia.interop import peft_lora, peft_shira, read_peft
 from intarsia.interop.approximation import best, losses
 from intarsia.interop.peft_folder import BASE_DIGEST, CONFIG, TENSORS
@@ -73,6 +73,8 @@ EXACT: dict[str, dict[str, Make]] = {
     "low rank": {"up": lambda d: low_rank(UP, 2, 0.75, d), "down": lambda d: low_rank(DOWN, 2, 0.75, d)},
     "an odd scale": {"up": lambda d: low_rank(UP, 3, 0.1 + 0.2, d)},
     "ranks and scales": {"up": lambda d: low_rank(UP, 2, 2.0, d), "down": lambda d: low_rank(DOWN, 5, 0.3, d)},
+    "blocks": {"up": lambda d: Blocks(UP, numbers(4, 6, 2, dtype=d), numbers(4, 2, 4, dtype=d), 0.75)},
+    "combined": {"up": lambda d: Combined(UP, numbers(5, dtype=d), numbers(7, dtype=d), 3, 11, 0.75)},
     "sum": {"up": lambda d: Sum(UP, (sparse(Row(1), UP, [2], d), low_rank(UP, 2, 0.3, d), sparse(Column(1), UP, [1, 9], d)))},
     "weighted sum": {"up": lambda d: Sum(UP, (sparse(Row(1), UP, [2], d), low_rank(UP, 2, 0.5, d)), (0.5, -2.0))},
     "one empty": {"up": lambda d: sparse(Row(1), UP, [], d), "down": lambda d: low_rank(DOWN, 2, 1.0, d)},

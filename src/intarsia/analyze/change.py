@@ -21,7 +21,7 @@ from intarsia.analyze.spectrum import (
     spectrum,
     stable_rank,
 )
-from intarsia.edits import Edit, LowRank, Sparse, place, summed
+from intarsia.edits import Edit, Sparse, place, summed
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter
 
@@ -36,7 +36,7 @@ def change_norm(edit: Edit, weight: Tensor | None = None) -> float:
     """
     if isinstance(edit, Sparse):
         return float(edit.values.double().norm())
-    if isinstance(edit, LowRank):
+    if (low := edit.low_rank()) is not None and low.A.shape[0] < min(edit.shape):
         return float(spectrum(edit).double().norm())
     return float(change_of(edit, weight).double().norm())
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intarsia.edits import Edit, LowRank
+from intarsia.edits import Edit
 from intarsia.errors import IntarsiaError
 from intarsia.families import blocks, roles
 from intarsia.model import active_names, check_fits, check_unoccupied, digest
@@ -193,8 +193,8 @@ def _hook(site: Site, edit: Edit | None, mask: Tensor, measured: dict[str, _Larg
 def _product(site: Site, edit: Edit, x: Tensor, W: Tensor) -> Tensor:
     """x dW^T. Two thin factors are never multiplied out."""
     edit = edit.to(x.device)
-    if isinstance(edit, LowRank):
-        return edit.scale * site.operator.low_rank(x, edit.B.to(x.dtype), edit.A.to(x.dtype))
+    if (low := edit.low_rank()) is not None:
+        return low.scale * site.operator.low_rank(x, low.B.to(x.dtype), low.A.to(x.dtype))
     return site.operator.product(x, edit.delta(W))
 
 

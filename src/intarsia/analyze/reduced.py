@@ -12,7 +12,6 @@ from torch import Tensor
 
 from intarsia.analyze.spectrum import change_of
 from intarsia.edits import Dense, Edit, LowRank, Sparse, add, elements, scale, to_dense
-from intarsia.edits import Sum as SumEdit
 from intarsia.errors import IntarsiaError
 from intarsia.support import Element
 
@@ -47,13 +46,10 @@ def _reduced(edit: Edit, weight: Tensor | None) -> Reduced:
         whole = flat[0] if len(flat) == 1 else add(*flat)
         assert isinstance(whole, Sparse)
         return whole
-    if isinstance(edit, SumEdit) and all(isinstance(part, LowRank) for part in edit.parts):
-        stacked = add(*(scale(part, c) for part, c in zip(edit.parts, edit.factors, strict=True)))
-        assert isinstance(stacked, LowRank)
-        edit = stacked
+    low = edit.low_rank()
     # Beyond half the width two factors are no less work than the matrix.
-    if isinstance(edit, LowRank) and 2 * edit.A.shape[0] <= min(edit.shape):
-        return LowRank(edit.shape, _wide(edit.B), _wide(edit.A), edit.scale)
+    if low is not None and 2 * low.A.shape[0] <= min(edit.shape):
+        return LowRank(edit.shape, _wide(low.B), _wide(low.A), low.scale)
     if edit.needs_weight:
         return Dense(edit.shape, change_of(edit, weight))
     widest = functools.reduce(torch.promote_types, (t.dtype for t in edit.tensors().values()), torch.float32)

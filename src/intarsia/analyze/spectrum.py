@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from intarsia.edits import Edit, LowRank
+from intarsia.edits import Edit, Kronecker
 from intarsia.errors import IntarsiaError
 
 
@@ -44,13 +44,18 @@ def singular_values(change: Tensor) -> Tensor:
 def spectrum(edit: Edit, weight: Tensor | None = None) -> Tensor:
     """Singular values of what an edit adds, largest first. -> (min(O, I),).
 
-    A low-rank edit is never multiplied out: with B = Q R and A^T = P S its values are those of the r x r matrix R S^T.
+    What is of low rank by its making is never multiplied out: with B = Q R and A^T = P S its values are those of the r x r matrix
+    R S^T. Those of a product of Kronecker are the products of its factors' values.
     """
-    if not isinstance(edit, LowRank) or edit.A.shape[0] >= min(edit.shape):
+    if isinstance(edit, Kronecker):
+        values = abs(edit.scale) * torch.outer(singular_values(edit.A), singular_values(edit.B)).flatten()
+        return torch.cat([values, values.new_zeros(min(edit.shape))]).sort(descending=True).values[: min(edit.shape)]
+    low = edit.low_rank()
+    if low is None or low.A.shape[0] >= min(edit.shape):
         return singular_values(change_of(edit, weight))
-    R = torch.linalg.qr(edit.B.float(), mode="r").R  # (r, r)
-    S = torch.linalg.qr(edit.A.mT.float(), mode="r").R
-    found = torch.linalg.svdvals(abs(edit.scale) * (R @ S.mT))
+    R = torch.linalg.qr(low.B.float(), mode="r").R  # (r, r)
+    S = torch.linalg.qr(low.A.mT.float(), mode="r").R
+    found = torch.linalg.svdvals(abs(low.scale) * (R @ S.mT))
     return torch.cat([found, found.new_zeros(min(edit.shape) - len(found))])
 
 

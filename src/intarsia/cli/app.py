@@ -21,6 +21,7 @@ from intarsia.cli.merge import merge
 from intarsia.cli.methods import methods
 from intarsia.cli.repair import repair
 from intarsia.cli.show import show
+from intarsia.cli.shrink import shrink
 from intarsia.cli.train import train
 from intarsia.errors import ElsewhereError, IntarsiaError, nearest
 
@@ -133,6 +134,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "repair": repair,
     "compress": compress,
+    "shrink": shrink,
     "convert": convert,
     "methods": methods,
     "check": check,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from intarsia.store import Adapter
     from intarsia.train.progress import Progress
 
-RULES = "ternary, stc, bits, prune, low-rank or sparse"
+RULES = "ternary, stc, bits, prune, low-rank, prefix or sparse"
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -40,7 +40,7 @@ def compress(
         ),
     ] = None,
     bits: Annotated[int | None, typer.Option("--bits", help="bits: 1, 2, 4 or 8 for every number.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="low-rank: of every weight.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="low-rank, prefix: of every weight.")] = None,
     budget: Annotated[
         str | None,
         typer.Option(

@@ -26,12 +26,12 @@ Side = Annotated[str, typer.Option("--side", help="Directions of outputs (left),
 def base_weights(adapter: Adapter, model: str, progress: Progress, *, named: bool = True) -> dict[str, Any]:
     """The weights of the base, which has to be the adapter's own, as the (O, I) that edits know: a Conv1D stores (I, O)."""
     from intarsia.model import check_fits, digest
-    from intarsia.site import site_at
+    from intarsia.site import matrix_at
 
     loaded = given.load_model(model, progress, named=named, adapters=[adapter.name], dtype=adapter.base.dtype).model
     check_fits(loaded, adapter, adapter.name, digest(loaded))
     # On the CPU, where an adapter's numbers are.
-    return {name: site_at(loaded, name.removesuffix(".weight")).weight.detach().cpu() for name in adapter.edits}
+    return {name: matrix_at(loaded, name).cpu() for name in adapter.edits}
 
 
 def named(count: int) -> str:

@@ -146,7 +146,7 @@ def _base_weights(
     ready: Plan, recipe: Recipe, loaded: Pretrained | None, progress: Progress
 ) -> Mapping[str, Tensor] | None:
     """The base's weights, where the config names it or it is loaded, and a change depends on them."""
-    from intarsia.site import site_at
+    from intarsia.site import matrix_at
 
     edits = [edit for adapter in ready.adapters.values() for edit in adapter.outlines.values()]
     if not any(edit.needs_weight for edit in edits) or (recipe.model is None and loaded is None):
@@ -156,7 +156,7 @@ def _base_weights(
     model = (loaded or reporting.model_of(ready, recipe, progress)).model
     for name, adapter in ready.adapters.items():
         check_fits(model, adapter, name, digest(model))
-    return {weight: site_at(model, weight.removesuffix(".weight")).weight.detach() for weight in ready.rules}
+    return {weight: matrix_at(model, weight) for weight in ready.rules}
 
 
 def _plain(ready: Plan, output: Path | None) -> dict[str, Any]:

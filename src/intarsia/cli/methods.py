@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from intarsia.method import Method
     from intarsia.registry import System, Variant
 
-NARROW = 130  # columns of a terminal below which the table would be folded
+NARROW = 200  # columns of a terminal below which the table would be folded
 EXAMPLES = ((576, 576), (1536, 576), (4096, 4096))  # (O, I), for the trained counts of one method
 
 
@@ -51,16 +51,20 @@ def _check_known(name: str, known: list[str]) -> None:
 
 def _row(cls: type[Method], variant: Variant | None = None) -> dict[str, Any]:
     """All that is known of a method or a named variant, as plain JSON values."""
+    from intarsia import registry
+
     named = variant or cls
     return {
         "id": named.name,
         "kind": cls.kind,
-        "role": cls.role,
+        "role": (variant.role if variant else "") or cls.role,
         "title": named.title,
         "formula": named.formula,
-        "trained": cls.trained,
+        "trained": (variant.trained if variant else "") or cls.trained,
         "mergeable": cls.mergeable,
         "starts_as_identity": cls.starts_as_identity,
+        "cost_per_token": cls.cost,
+        "needs": [word if always else f"({word})" for word, always in registry.asks_for(cls).items()],
         "needs_data": _needs_data(cls),
         "default_lr": cls.default_lr,
         "paper": named.paper,
@@ -80,6 +84,8 @@ def _system_row(system: System) -> dict[str, Any]:
         "trained": None,
         "mergeable": system.mergeable,
         "starts_as_identity": None,
+        "cost_per_token": None,
+        "needs": [],
         "needs_data": None,
         "default_lr": None,
         "paper": system.paper,
@@ -129,7 +135,8 @@ def _print_all(rows: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
             out.print(f"[bold cyan]{row['id']:8}[/][bold]{row['title']:8}[/]{_literal(row['formula'])}")
             facts = (
                 f"{row['role']}, {'mergeable' if row['mergeable'] else 'not mergeable'}, {row['paper']}",
-                f"trains {row['trained']} a weight; needs data: {row['needs_data']}; lr {row['default_lr']:g}",
+                f"trains {row['trained']} a weight; lr {row['default_lr']:g}",
+                f"a token costs besides: {row['cost_per_token']}; needs: {', '.join(row['needs']) or 'nothing'}",
             )
             for line in facts:
                 out.print(f"{'':16}[dim]{_literal(line)}[/]")
@@ -140,14 +147,19 @@ def _print_all(rows: list[dict[str, Any]], more: list[dict[str, Any]]) -> None:
         out.print(_table(rows))
         out.print()
         out.print(_other_table(more))
-    out.print("\n[dim]intarsia methods NAME: one in full, with its fields[/]")
+    out.print(
+        "\n[dim]merges: what is learned is set into the weights and costs nothing; else so many multiplications a token beside each layer."
+        "\nneeds, besides a training loop: a pass over data, or one with gradients, before it; callback: a call after each step; in "
+        "brackets: in some settings."
+        "\nintarsia methods NAME: one in full, with its fields[/]"
+    )
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("id", "title", "role", "formula", "trained a weight", "mergeable", "needs data", "lr", "paper"):
+    for column in ("id", "title", "role", "formula", "trained a weight", "merges, or costs", "needs", "lr", "paper"):
         table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(
@@ -156,8 +168,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             row["role"],
             _literal(row["formula"]),
             _literal(row["trained"]),
-            "yes" if row["mergeable"] else "no",
-            row["needs_data"],
+            "merges" if row["mergeable"] else _literal(row["cost_per_token"]),
+            ", ".join(row["needs"]),
             f"{row['default_lr']:g}",
             row["paper"],
         )
@@ -192,7 +204,9 @@ def _print_one(cls: type[Method], variant: Variant | None) -> None:
         )
     out.print(inspect.cleandoc(sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""), markup=False)
     _print_fields(row["fields"])
-    out.print(f"role {row['role']}, mergeable: {'yes' if row['mergeable'] else 'no'}, needs data: {row['needs_data']}")
+    out.print(f"role {row['role']}, mergeable: {'yes' if row['mergeable'] else 'no'}")
+    out.print(f"needs besides a training loop: {', '.join(row['needs']) or 'nothing'}", markup=False)
+    out.print(f"a token costs besides the base, once it is trained: {row['cost_per_token']}", markup=False)
     out.print(f"learning rate {row['default_lr']:g} unless told otherwise (train.lr)")
     counts = _counts(cls, variant)
     if counts:
@@ -233,7 +247,12 @@ def _counts(cls: type[Method], variant: Variant | None) -> str:
         method = registry.build(variant.name if variant else cls.name)
     except TypeError:  # a method of somebody else's with a field that has no default
         return ""
-    return ", ".join(f"{method.trained_count(shape):,} of a {shape[0]} x {shape[1]} weight" for shape in EXAMPLES)
+    told = []
+    for shape in EXAMPLES:
+        shared = method.shared_count(shape)
+        once = f" and {shared:,} of all of that shape together" if shared else ""
+        told.append(f"{method.trained_count(shape):,} of a {shape[0]} x {shape[1]} weight{once}")
+    return ", ".join(told)
 
 
 def _yaml(value: Any) -> str:

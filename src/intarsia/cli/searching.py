@@ -142,11 +142,11 @@ def _task(
 
 def _base_weights(ready: Plan, model: nn.Module) -> Mapping[str, Tensor] | None:
     """The base's weights, where a change depends on them. The deck gives them back before each merge is made."""
-    from intarsia.site import site_at
+    from intarsia.site import matrix_at
 
     if not any(edit.needs_weight for adapter in ready.adapters.values() for edit in adapter.outlines.values()):
         return None
-    return {weight: site_at(model, weight.removesuffix(".weight")).weight.detach() for weight in ready.rules}
+    return {weight: matrix_at(model, weight) for weight in ready.rules}
 
 
 def _print(outcome: Outcome, adapter: Adapter, output: Path) -> None:

@@ -158,6 +158,7 @@ def _plain(
         "norm": whole.norm,
         "relative": whole.relative,
         "multiplications": whole.multiplications,
+        "ranks": _ranks(adapter),
         "invisible_share": whole.invisible_share,
         "rounding_error": whole.rounding_error,
         "modules": [g.to_dict() for g in group(changes, lambda c: c.module)],
@@ -211,6 +212,8 @@ def _print_facts(
         "sha256": adapter.digest,
         "invisible": _invisible(adapter, whole, model),
     }
+    if len(set((ranks := _ranks(adapter)).values())) > 1:
+        shown["ranks"] = _said_ranks(ranks)
     if adapter.inserts:
         kinds = ", ".join(dict.fromkeys(one.inserted.what for many in adapter.inserts.values() for one in many))
         shown["inserts"] = (
@@ -228,6 +231,21 @@ def _print_facts(
         table.add_row(key, escape(value))
     out.print(f"[bold cyan]{escape(adapter.name)}[/]")
     out.print(table)
+
+
+def _ranks(adapter: Adapter) -> dict[str, int]:
+    """The rank of each weight's change, where that is a product of two thin factors."""
+    return {
+        weight: edit.tensors()["A"].shape[0] for weight, edit in adapter.outlines.items() if edit.kind == "low_rank"
+    }
+
+
+def _said_ranks(ranks: dict[str, int]) -> str:
+    most = sorted(ranks, key=lambda weight: -ranks[weight])[:3]
+    return (
+        f"{min(ranks.values())} to {max(ranks.values())} a weight, {sum(ranks.values()):,} in all, most in "
+        + ", ".join(weight.removesuffix(".weight") for weight in most)
+    )
 
 
 def _invisible(adapter: Adapter, whole: Group, model: str | None) -> str:

@@ -15,7 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from intarsia.train.progress import Progress
 
-WIDE = 250  # columns where there is no terminal, so that a table in a file or a pipe is not folded
+WIDE = 300  # columns where there is no terminal, so that a table in a file or a pipe is not folded
 DEBUG = "INTARSIA_DEBUG"  # set to 1: tracebacks, and what other libraries have to say
 
 QUIET = {

@@ -1,8 +1,9 @@
 """The numbers of an adapter that compression works on: what was learned, as one long vector over all its edits.
 
-Sparse and dense edits have their values, low-rank and Kronecker ones their factors as they are stored (so ComPEFT takes A and B), sums those
-of their parts, rescaled ones those of the inner edit: the lengths multiply whole rows and stay as they are. A kernel edit is
-refused: its change is the small difference of two factors, which rounding them would drown.
+Sparse and dense edits have their values, low-rank, block and Kronecker ones their factors as they are stored (so ComPEFT takes A and B),
+combined and scaled ones their coefficients and scales, tiled and block-affine ones their tile and blocks, sums those of their parts, multiplied and
+transformed ones those of the inner edit, and so rescaled ones: the lengths multiply whole rows and stay as they are. A kernel edit, and a core edit with a start, are refused: their change is a small difference of
+factors, which rounding them would drown.
 """
 
 from __future__ import annotations
@@ -15,7 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intarsia.edits import Dense, Edit, Kronecker, LowRank, Rescaled, Sparse, Sum, elements
+from intarsia.edits import (
+    BlockAffine,
+    Blocks,
+    Combined,
+    Core,
+    Dense,
+    Edit,
+    Kronecker,
+    LowRank,
+    Multiplied,
+    Rescaled,
+    Scaled,
+    Sparse,
+    Sum,
+    Tiled,
+    Transformed,
+    elements,
+)
 from intarsia.errors import IntarsiaError
 from intarsia.store import Adapter, Code
 
@@ -31,7 +49,8 @@ def learned(edit: Edit) -> tuple[str, ...]:
     Raises:
         IntarsiaError: for a kind that cannot be compressed.
     """
-    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for sparse, dense, low-rank and Kronecker ones")
+    known = ", ".join(sorted(cls.__name__ for cls in learned.registry if cls is not object))
+    raise IntarsiaError(f"{edit.kind} edits cannot be compressed; it is for {known}")
 
 
 @learned.register(Sparse)
@@ -42,12 +61,44 @@ def _(edit: Sparse | Dense) -> tuple[str, ...]:
 
 @learned.register(LowRank)
 @learned.register(Kronecker)
-def _(edit: LowRank | Kronecker) -> tuple[str, ...]:
+@learned.register(Blocks)
+def _(edit: LowRank | Kronecker | Blocks) -> tuple[str, ...]:
     return ("A", "B")
 
 
 @learned.register
-def _(edit: Rescaled) -> tuple[str, ...]:
+def _(edit: Scaled) -> tuple[str, ...]:
+    return ("gamma", "lambda")
+
+
+@learned.register
+def _(edit: Combined) -> tuple[str, ...]:
+    return ("a", "c")
+
+
+@learned.register
+def _(edit: Core) -> tuple[str, ...]:
+    if edit.start:
+        raise IntarsiaError(
+            "core edits that have a start cannot be compressed: their change is the small difference from it; make them a low rank first"
+        )
+    return tuple(edit.now)
+
+
+@learned.register
+def _(edit: Tiled) -> tuple[str, ...]:
+    return ("D",)
+
+
+@learned.register
+def _(edit: BlockAffine) -> tuple[str, ...]:
+    return ("B",)
+
+
+@learned.register(Rescaled)
+@learned.register(Multiplied)
+@learned.register(Transformed)
+def _(edit: Rescaled | Multiplied | Transformed) -> tuple[str, ...]:
     return learned(edit.inner)
 
 
@@ -152,13 +203,17 @@ def _(edit: Sum) -> Edit:
     return replace(edit, parts=tuple(without_zeros(part) for part in edit.parts))
 
 
-@without_zeros.register
-def _(edit: Rescaled) -> Edit:
+@without_zeros.register(Rescaled)
+@without_zeros.register(Multiplied)
+@without_zeros.register(Transformed)
+def _(edit: Rescaled | Multiplied | Transformed) -> Edit:
     return replace(edit, inner=without_zeros(edit.inner))
 
 
 def changes(edit: Edit) -> bool:
     """Whether the edit can change anything: a support that kept nothing, or a factor of zeros, does not."""
-    if isinstance(edit, Rescaled | Sum):
+    if isinstance(edit, Rescaled | Sum | Multiplied):
         return True
+    if isinstance(edit, Combined):  # whose A is something without a coefficient, and whose B is not
+        return bool(edit.c.any())
     return all(bool(edit.tensors()[part].any()) for part in learned(edit))

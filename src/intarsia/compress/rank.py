@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from intarsia import registry
 from intarsia.compress.numbers import Progress, with_step, without_zeros
 from intarsia.compress.sparsify import check_density
 from intarsia.edits import Edit, LowRank, Sparse, add, elements, scale, to_dense
@@ -32,8 +33,9 @@ def to_low_rank(adapter: Adapter, rank: int, progress: Progress | None = None) -
     _check_free(adapter)
     edits: dict[str, Edit] = {}
     for done, (weight, edit) in enumerate(adapter.edits.items(), 1):
-        if isinstance(edit, LowRank) and edit.A.shape[0] <= rank:
-            edits[weight] = edit
+        low = edit.low_rank()
+        if low is not None and low.A.shape[0] <= rank:
+            edits[weight] = low
         else:
             B, A, _ = best(to_dense(edit), rank)
             edits[weight] = LowRank(edit.shape, B, A, 1.0)
@@ -41,6 +43,28 @@ def to_low_rank(adapter: Adapter, rank: int, progress: Progress | None = None) -
             progress(done, len(adapter.edits), "to low rank")
     made = replace(adapter, edits=edits, method=Lora(rank=rank, alpha=float(rank)).config(), codes={})
     return with_step(made, {"to": "low-rank", "rank": rank}, adapter)
+
+
+def to_prefix(adapter: Adapter, rank: int, progress: Progress | None = None) -> Adapter:
+    """The first ranks of every edit, of an adapter that was trained to act with them alone (DyLoRA): a plain LoRA of that rank.
+
+    Raises:
+        IntarsiaError: for an adapter of another method, and for a rank that was not trained.
+    """
+    name = adapter.method.get("name")
+    if name not in registry.methods():
+        raise IntarsiaError(f"{adapter.name} is of {name!r}, which is no method whose first ranks could be taken")
+    method = registry.build(adapter.method)
+    edits: dict[str, Edit] = {}
+    for done, (weight, edit) in enumerate(adapter.edits.items(), 1):
+        edits[weight] = method.prefix(edit, rank)
+        if progress:
+            progress(done, len(adapter.edits), "first ranks")
+    scales = {edit.scale for edit in edits.values() if isinstance(edit, LowRank)}
+    plain = Lora(rank=rank, alpha=max(scales, default=1.0), scaling="none")
+    return with_step(
+        replace(adapter, edits=edits, method=plain.config(), codes={}), {"to": "prefix", "rank": rank}, adapter
+    )
 
 
 def to_sparse(adapter: Adapter, density: float, progress: Progress | None = None) -> Adapter:
@@ -75,7 +99,8 @@ def balanced(adapter: Adapter) -> Adapter:
     A LoRA's A keeps much of the random numbers that it started from, and its B is small beside them: the largest numbers of
     both together are then mostly A's, which say nothing alone. Exact but for rounding; edits of other kinds stay as they are.
     """
-    edits = {weight: _balanced(edit) if isinstance(edit, LowRank) else edit for weight, edit in adapter.edits.items()}
+    low = {weight: edit.low_rank() for weight, edit in adapter.edits.items()}
+    edits = {weight: edit if (its := low[weight]) is None else _balanced(its) for weight, edit in adapter.edits.items()}
     return with_step(replace(adapter, edits=edits, codes={}), {"to": "balanced"}, adapter)
 
 
@@ -111,9 +136,9 @@ def _square(edit: Edit) -> float:
     """||D||^2, in float64."""
     if isinstance(edit, Sparse):
         return float(edit.values.double().square().sum())
-    if isinstance(edit, LowRank):  # ||B A||^2 = tr((B^T B) (A A^T))
-        B, A = edit.B.double(), edit.A.double()
-        return max(0.0, edit.scale**2 * float(((B.mT @ B) * (A @ A.mT)).sum()))
+    if (low := edit.low_rank()) is not None:  # ||B A||^2 = tr((B^T B) (A A^T))
+        B, A = low.B.double(), low.A.double()
+        return max(0.0, low.scale**2 * float(((B.mT @ B) * (A @ A.mT)).sum()))
     return float(to_dense(edit, dtype=torch.float64).square().sum())
 
 

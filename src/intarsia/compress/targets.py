@@ -8,7 +8,7 @@ from typing import Any
 
 from intarsia.compress.bits import in_bits
 from intarsia.compress.numbers import Progress
-from intarsia.compress.rank import to_low_rank, to_sparse
+from intarsia.compress.rank import to_low_rank, to_prefix, to_sparse
 from intarsia.compress.search import within
 from intarsia.compress.sparsify import prune, stc, ternary
 from intarsia.errors import IntarsiaError, nearest
@@ -39,6 +39,7 @@ TARGETS: dict[str, Target] = {
     "bits": Target("every number in 1, 2, 4 or 8 bits", in_bits, ("bits",)),
     "prune": Target("the most important numbers as they are", prune, ("density",), thins=True),
     "low-rank": Target("the nearest low rank of every weight's change", to_low_rank, ("rank",)),
+    "prefix": Target("the first ranks, of an adapter that was trained to act with them alone", to_prefix, ("rank",)),
     "sparse": Target("the largest entries of every weight's change", to_sparse, ("density",), thins=True),
 }
 

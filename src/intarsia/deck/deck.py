@@ -27,7 +27,7 @@ from intarsia.deck.plan import Plan, Shares
 from intarsia.deck.shelf import Shelf
 from intarsia.deck.status import Status, beside_of, kept_of
 from intarsia.deck.weights import Weights
-from intarsia.edits import Edit, Insert, place
+from intarsia.edits import Edit, Insert, Seen, place
 from intarsia.errors import IntarsiaError, nearest
 
 LEAST_MEMORY = 64 * 2**20
@@ -80,7 +80,7 @@ class Deck:
         half = sum(p.numel() * p.element_size() for p in model.parameters()) // 2
         self._shelf = Shelf(max(LEAST_MEMORY, half) if memory is None else memory)
         self._adapters: dict[str, store.Adapter] = {}
-        self._inside = BASE
+        self._inside, self._seen = BASE, Seen()
         self._lock = threading.RLock()
         self._reader: ThreadPoolExecutor | None = None
 
@@ -301,19 +301,22 @@ class Deck:
             for name, bits in whole.items():
                 matrix(name).copy_(bits)
             self._writer.write(prepared, self._weights)
-            inserts.exchange(old.plan.inserts, new.inserts, self._weights.layer)
+            self._stand_beside(old.plan, new)
             if not new.shares:
                 self._occupy(())
             self._weights.wrote(touched)
         except BaseException:
             plans.restore((new, old.plan), matrix)
             plans.renew(old.plan, matrix, before)
-            inserts.exchange(new.inserts, old.plan.inserts, self._weights.layer)
+            self._stand_beside(new, old.plan)
             self._occupy(old.plan.shares)
             self._weights.wrote(touched)
             self._inside = old
             raise
         self._inside = fresh
+
+    def _stand_beside(self, old: Plan, new: Plan) -> None:
+        inserts.exchange(old.inserts, new.inserts, self._weights.layer, self.model, self._seen)
 
     def _occupy(self, shares: Shares) -> None:
         attached.occupy(self.model, " + ".join(name for name, _ in shares) or None, self)
@@ -323,7 +326,7 @@ class Deck:
         if self._inside.torn:
             plans.restore(self._inside.torn, self._weights.matrix)
             for plan in self._inside.torn:
-                inserts.exchange(plan.inserts, {}, self._weights.layer)
+                self._stand_beside(plan, BASE.plan)
             self._occupy(())
             self._weights.wrote({name for plan in self._inside.torn for name in plan.weights})
             self._inside = BASE
@@ -361,7 +364,8 @@ class Deck:
                         beside.setdefault(target, []).append((weight * factor, insert))
             base = self._base_of()
             plan = plans.made(shares, terms, base, self._writer.index_dtype, self._writer.keep)
-            plan = replace(plan, inserts=inserts.prepared(beside, self._weights.layer, base, self._weights.dtype))
+            layer, dtype = self._weights.layer, self._weights.dtype
+            plan = replace(plan, inserts=inserts.prepared(beside, layer, base, dtype, self._seen))
             names = frozenset(name for name, _ in shares)
             for name in names:
                 self._keep_numbers(name)

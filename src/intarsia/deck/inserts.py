@@ -8,7 +8,7 @@ leaves neither hook nor attribute. Both steps can be done twice, so that whateve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain
-from intarsia.edits import Ahead, Insert
+from intarsia.edits import Ahead, Insert, Seen
 from intarsia.errors import IntarsiaError
 from intarsia.operators import DECODER, LINEAR, Operator
-from intarsia.site import operator_at, weight_of
+from intarsia.site import operator_for, weight_of
 
 HELD = "_intarsia_inserts"  # the layer's attribute
 
@@ -89,6 +89,7 @@ def prepared(
     layer_of: Callable[[str], nn.Module],
     base_of: Callable[[str], Tensor],
     dtype_of: Callable[[str], torch.dtype],
+    seen: Seen,
 ) -> dict[str, Together]:
     """What is to stand beside the layers, by weight: all that can be done before a layer is touched.
 
@@ -96,6 +97,7 @@ def prepared(
         layer_of: the layer of a weight.
         base_of: the base's matrix of a weight (O, I), whatever is set in.
         dtype_of: what the layer computes in.
+        seen: what tells the tokens of the model's forward, to functions that ask for them.
 
     Raises:
         IntarsiaError: where an adapter sits on the layer, and where the numbers are not finite in its dtype.
@@ -116,14 +118,25 @@ def prepared(
                 f"{weight}: the insert beside it has numbers that are not finite in {dtype_of(weight)}; the strength is too large or "
                 "the adapter is broken. Nothing was changed"
             )
-        operator = operator_at(layer)
+        operator = operator_for(layer)
         assert isinstance(operator, Operator)  # add() has taken no other
-        found[weight] = Together(tuple(ready), operator)
+        told = tuple(replace(one, inserted=one.inserted.watching(seen)) for one in ready)
+        found[weight] = Together(told, operator)
     return found
 
 
-def exchange(old: Mapping[str, Together], new: Mapping[str, Together], layer_of: Callable[[str], nn.Module]) -> None:
-    """Make ``new`` stand beside the layers, and nothing else of ``old``."""
+def exchange(
+    old: Mapping[str, Together],
+    new: Mapping[str, Together],
+    layer_of: Callable[[str], nn.Module],
+    model: nn.Module,
+    seen: Seen,
+) -> None:
+    """Make ``new`` stand beside the layers, and nothing else of ``old``; let ``seen`` watch the model where one of them asks."""
+    if any(insert.inserted.watches for together in new.values() for insert in together.inserts):
+        seen.watch(model)
+    else:
+        seen.leave(model)
     for weight in old:
         if weight not in new:
             take_away(layer_of(weight))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from intarsia.bases import packing_of
 from intarsia.edits import memory
 from intarsia.errors import IntarsiaError
-from intarsia.operators import Operator, operator_of
-from intarsia.site import adaptable_layers, decoders, weight_name, weight_of
+from intarsia.operators import Operator
+from intarsia.site import decoders, editable, weight_of
 
 
 class Weights:
@@ -26,10 +26,8 @@ class Weights:
         for name, weight in model.named_parameters(remove_duplicate=False):
             owner, _, attribute = name.rpartition(".")
             self._owners[name] = (model.get_submodule(owner), attribute, weight)
-        self._operators = {
-            weight_name(model, name): operator_of(layer) for name, layer in adaptable_layers(model).items()
-        }
-        self._decoders = decoders(model)
+        self._decoders = decoders(model)  # which have no weight of their own
+        self._operators = {n: operator for n, operator in editable(model).items() if n not in self._decoders}
         self._watched = {name: _Watched(*self._owners[name]) for name in self._operators}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -13,10 +13,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from intarsia.edits.dense import Dense, Kronecker
+from intarsia.edits.dense import Dense
 from intarsia.edits.edit import Edit, LowRank, Sparse, elements
-from intarsia.edits.insert import Insert
-from intarsia.edits.kernel import Kernel
+from intarsia.edits.structured import BlockAffine, Multiplied, Tiled
 from intarsia.edits.sum import Sum
 from intarsia.errors import IntarsiaError
 
@@ -37,6 +36,8 @@ def scale(edit: Edit, factor: float) -> Edit:
 
 @singledispatch
 def _scale(edit: Edit, factor: float) -> Edit:
+    if hasattr(edit, "scale"):  # a factor in front of its change
+        return replace(edit, scale=factor * edit.scale)  # type: ignore[call-arg]
     # Its change is no linear function of its own numbers, as that of a length for every row.
     return Sum(edit.shape, (edit,), (factor,))
 
@@ -51,12 +52,21 @@ def _(edit: Dense, factor: float) -> Edit:
     return replace(edit, values=factor * edit.values)
 
 
-@_scale.register(LowRank)
-@_scale.register(Kronecker)
-@_scale.register(Kernel)
-@_scale.register(Insert)
-def _(edit: LowRank | Kronecker | Kernel | Insert, factor: float) -> Edit:
-    return replace(edit, scale=factor * edit.scale)
+@_scale.register
+def _(edit: Tiled, factor: float) -> Edit:
+    return replace(edit, D=factor * edit.D)
+
+
+@_scale.register
+def _(edit: BlockAffine, factor: float) -> Edit:
+    return replace(edit, B=factor * edit.B)
+
+
+@_scale.register
+def _(edit: Multiplied, factor: float) -> Edit:
+    if not edit.one:  # W * D - W is no multiple of D
+        return Sum(edit.shape, (edit,), (factor,))
+    return replace(edit, inner=scale(edit.inner, factor))
 
 
 @_scale.register
@@ -84,10 +94,12 @@ def add(*edits: Edit) -> Edit:
         return edits[0]
     parts = [part for edit in edits for part in _parts(edit)]
     sparse = [part.sparse_parts() for part in parts]
-    low = [part for part in parts if isinstance(part, LowRank)]
+    low = [one for part in parts if (one := part.low_rank()) is not None]
     dense = [part for part in parts if isinstance(part, Dense)]
     rest = [
-        part for part, its in zip(parts, sparse, strict=True) if its is None and not isinstance(part, LowRank | Dense)
+        part
+        for part, its in zip(parts, sparse, strict=True)
+        if its is None and part.low_rank() is None and not isinstance(part, Dense)
     ]
     thin = [part for its in sparse for part in its or ()]
     together = [_union(thin)] if thin else []

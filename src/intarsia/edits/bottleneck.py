@@ -33,6 +33,7 @@ class Bottleneck(Inserted):
     gain: Tensor | None = None
 
     what = "bottleneck"
+    wide = frozenset({"gain"})  # it multiplies all of the function, and takes no room
 
     def __call__(self, v: Tensor) -> Tensor:
         found = F.linear(ACTIVATIONS[self.activation](F.linear(v, self.down.to(v))), self.up.to(v))

@@ -80,6 +80,12 @@ class Kronecker(Edit):
     def delta(self, W: Tensor) -> Tensor:
         return self.scale * torch.kron(self.A.to(W.dtype), self.B.to(W.dtype))
 
+    def times(self, x: Tensor) -> Tensor:
+        # Row-major, x is X (b, I / b), and y is A X B^T.
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        y: Tensor = self.scale * (A @ (x.unflatten(-1, (A.shape[1], B.shape[1])) @ B.mT)).flatten(-2)
+        return y
+
     def rounded(self, dtype: torch.dtype) -> Edit:
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
 

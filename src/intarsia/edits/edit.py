@@ -7,11 +7,12 @@ their supports. Shapes: O out_features, I in_features, k units, r rank.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from intarsia.errors import IntarsiaError
@@ -61,6 +62,17 @@ class Edit(ABC):
     def sparse_parts(self) -> list[Sparse] | None:
         """Sparse edits that together make the same change, where it is sparse; None where it reaches every entry."""
         return None
+
+    def low_rank(self) -> LowRank | None:
+        """The same change as two thin factors, for kinds that are made of such; None for others. Its rank may be above the weight's."""
+        return None
+
+    def times(self, x: Tensor) -> Tensor:
+        """x delta^T beside the layer, in x's dtype, of an edit that needs no weight: without its matrix where there is a way.
+
+        (..., I) -> (..., O).
+        """
+        return F.linear(x, self.delta(x))
 
     @property
     def needs_weight(self) -> bool:
@@ -210,9 +222,34 @@ class LowRank(Edit):
     def delta(self, W: Tensor) -> Tensor:
         return self.scale * (self.B.to(W.dtype) @ self.A.to(W.dtype))
 
+    def low_rank(self) -> LowRank:
+        return self
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.scale * (x @ self.A.to(x.dtype).mT @ self.B.to(x.dtype).mT)
+
     @property
     def touched(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+def joined(parts: Sequence[LowRank]) -> LowRank:
+    """The sum of low-rank edits as one, the ranks side by side. Scales that differ go into B, and signs that do."""
+    sizes = {abs(part.scale) for part in parts}
+    dtype = parts[0].B.dtype
+    for part in parts:
+        dtype = torch.promote_types(torch.promote_types(dtype, part.B.dtype), part.A.dtype)
+    first = parts[0].scale
+    if len(sizes) == 1:
+        factors = [part.B.to(dtype) if part.scale == first else -part.B.to(dtype) for part in parts]
+    else:
+        first, factors = 1.0, [without_scale(part).B.to(dtype) for part in parts]
+    return LowRank(parts[0].shape, torch.cat(factors, dim=1), torch.cat([part.A.to(dtype) for part in parts]), first)
+
+
+def without_scale(edit: LowRank) -> LowRank:
+    """The same with the scale multiplied into B, which is then rounded once to its dtype."""
+    return LowRank(edit.shape, (edit.B.double() * edit.scale).to(edit.B.dtype), edit.A, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,6 +302,19 @@ class Rescaled(Edit):
     @property
     def touched(self) -> int:
         return self.shape[0] * self.shape[1]
+
+
+def inner_edit(shape: Shape, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Edit:
+    """The edit that stands inside another one, additive and in the weight. Raises IntarsiaError where it is none of these."""
+    inner = facts.get("inner")
+    if not isinstance(inner, Mapping):
+        raise IntarsiaError(f"a {facts['type']} edit needs an inner edit; found {inner!r}")
+    edit = build_edit(inner.get("type"), shape, tensors, inner)
+    if edit.inserts() or edit.needs_weight:
+        raise IntarsiaError(
+            f"inside a {facts['type']} edit there is a {edit.kind} one; expected one that adds to any weight"
+        )
+    return edit
 
 
 def row_norms(V: Tensor) -> Tensor:

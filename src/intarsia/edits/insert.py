@@ -31,6 +31,8 @@ class Inserted(ABC):
 
     what: ClassVar[str]  # its name in a file
     places: ClassVar[tuple[str, ...]] = PLACES  # where it may stand
+    watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward
+    wide: ClassVar[frozenset[str]] = frozenset()  # tensors that are never rounded
 
     @abstractmethod
     def __call__(self, v: Tensor) -> Tensor:
@@ -66,6 +68,14 @@ class Inserted(ABC):
     def count(self) -> int:
         """Positions that it takes before the tokens of a decoder."""
         return 0
+
+    def watching(self, seen: Any) -> Self:
+        """The same function, told of the tokens by an :class:`intarsia.edits.Seen`, where it asks for them."""
+        return self
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """The same function with its numbers rounded to a narrower type; what must stay wide stays."""
+        return replace(self, **{k: t.to(dtype) for k, t in self.tensors().items() if k not in self.wide})
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same function of changed tensors."""
@@ -145,11 +155,10 @@ class Insert(Edit):
         inserted, place = self.inserted.mapped(lambda tensor: tensor.to(wide)).times(factor * self.scale), self.place
         if place == "before":
             inserted, place = inserted.through(base().to(wide)), "parallel"
-        return replace(self, inserted=inserted.mapped(lambda tensor: tensor.to(dtype)), place=place, scale=1.0)
+        return replace(self, inserted=inserted.cast(dtype), place=place, scale=1.0)
 
     def rounded(self, dtype: torch.dtype) -> Edit:
-        # A number that stands alone multiplies all of the function, and takes no room.
-        return replace(self, inserted=self.inserted.mapped(lambda tensor: tensor.to(dtype) if tensor.ndim else tensor))
+        return replace(self, inserted=self.inserted.cast(dtype))
 
     def in_weight(self) -> None:
         return None

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from intarsia.edits.edit import KINDS, Edit, Sparse, build_edit
+from intarsia.edits.edit import KINDS, Edit, LowRank, Sparse, build_edit, joined
 from intarsia.edits.insert import AHEAD, Insert
 from intarsia.errors import IntarsiaError
 from intarsia.support import Shape
@@ -68,6 +68,10 @@ class Sum(Edit):
             total = total + factor * part.delta(W)
         return total
 
+    def times(self, x: Tensor) -> Tensor:
+        parts = [factor * part.times(x) for part, factor in zip(self.parts, self.factors, strict=True)]
+        return sum(parts[1:], parts[0])
+
     def sparse_parts(self) -> list[Sparse] | None:
         found: list[Sparse] = []
         for part, factor in zip(self.parts, self.factors, strict=True):
@@ -76,6 +80,15 @@ class Sum(Edit):
                 return None
             found += [one if factor == 1 else replace(one, values=factor * one.values) for one in sparse]
         return found
+
+    def low_rank(self) -> LowRank | None:
+        found = [part.low_rank() for part in self.parts]
+        low = [
+            replace(one, scale=factor * one.scale)
+            for one, factor in zip(found, self.factors, strict=True)
+            if one is not None
+        ]
+        return joined(low) if len(low) == len(self.parts) else None
 
     def in_weight(self) -> Edit | None:
         if not self.inserts():

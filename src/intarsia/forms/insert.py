@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intarsia.edits import SITS_AT, Edit, Inserted
 from intarsia.edits import Insert as InsertEdit
 from intarsia.errors import IntarsiaError
-from intarsia.method import Below, Method, Start
+from intarsia.method import Below, Method, as_parameters
 from intarsia.site import Site
 
 
@@ -50,14 +48,4 @@ class Insert(Method):
         return InsertEdit(p.shape, self.inserted(p).mapped(lambda t: t.detach().clone()), self.place, self.scale)
 
     def restore(self, edit: Edit, site: Site) -> dict[str, Tensor]:
-        fresh = self.edit(SimpleNamespace(shape=site.shape, **self.init(site, Start.at(site.name, 0))))
-        if (edit.kind, edit.facts(), _shapes(edit)) != (fresh.kind, fresh.facts(), _shapes(fresh)):
-            raise IntarsiaError(
-                f"{site.name}: the file has a {edit.kind} edit that its own config does not make: {self}"
-            )
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
-        return {name: nn.Parameter(tensor.to(wide, copy=True)) for name, tensor in edit.tensors().items()}
-
-
-def _shapes(edit: Edit) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in edit.tensors().items()}
+        return as_parameters(site, self.own(edit, site))

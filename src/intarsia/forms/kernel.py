@@ -8,22 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from intarsia.edits import Edit, Sum, merge, sparsify
 from intarsia.edits import Kernel as KernelEdit
 from intarsia.errors import IntarsiaError
-from intarsia.forms.delta import Delta
+from intarsia.forms.delta import Remade
 from intarsia.method import Start
 from intarsia.site import Site
 from intarsia.support import Shape
 
 
-class Kernel(Delta):
+class Kernel(Remade):
     """State: ``A`` (2, I, r / 2), ``B`` (2, O, r / 2); ``mix`` (3,) where the kernel has one; ``A0``, ``B0``, the factors at the
     start, where the first change is subtracted; ``zeros`` (), how many entries are 0, where that changes in training.
-
-    D is formed anew in every forward and again in backward: between them only x and the factors are kept.
     """
 
     rank: int
@@ -95,14 +92,6 @@ class Kernel(Delta):
     def _rule(self, shape: Shape) -> str:
         # Where nothing is to be 0 there is no competition, and no factor of its own size beside an entry.
         return self.rule if self.moves_zeros() or self.zeros_at(shape) else "none"
-
-    def branch(self, p: Any, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self._product(p, x)
-        return checkpoint(self._product, p, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-
-    def _product(self, p: Any, x: Tensor) -> Tensor:
-        return p.operator.product(x, self.delta(p).to(p.dtype))  # type: ignore[no-any-return]
 
     def fold(self, p: Any, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(p).to(W.dtype), b

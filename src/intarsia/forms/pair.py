@@ -35,6 +35,10 @@ class Pair(Sparse):
         object.__setattr__(self, "sparse", sparse)
         object.__setattr__(self, "beside", beside)
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
+        return self.beside.pairs
+
     def granularity_at(self, shape: Shape) -> Granularity:
         return self.sparse.granularity_at(shape)
 

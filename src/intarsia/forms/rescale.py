@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,10 @@ class Rescale(Method):
     def length(self, V: Tensor) -> Tensor:
         """||V|| by rows, as the backward pass is to see it. (O, I) -> (O,)."""
 
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:  # type: ignore[override]
+        return self.inside().pairs
+
     def check(self, site: Site) -> str | None:
         return self.inside().check(site)
 
@@ -48,8 +52,32 @@ class Rescale(Method):
         # In bfloat16 a length could not change by less than 1/256, and m/c would not be 1 at the start.
         return self.inside().stays_wide() | {"magnitude"}
 
+    def carriers(self) -> frozenset[str]:
+        return self.inside().carriers()
+
+    def before_step(self, p: Any) -> None:
+        self.inside().before_step(p)
+
+    def after_step(self, p: Any, lr: float) -> None:
+        self.inside().after_step(p, lr)
+
+    def penalty(self, p: Any) -> Tensor | None:
+        return self.inside().penalty(p)
+
+    def reallocate(self, states: Mapping[str, Any], step: int, steps: int) -> Mapping[str, int]:
+        return self.inside().reallocate(states, step, steps)
+
+    def wants_callback(self) -> bool:
+        return self.inside().wants_callback()
+
     def trained_count(self, shape: tuple[int, int]) -> int:
         return self.inside().trained_count(shape) + shape[0]
+
+    def shares(self) -> frozenset[str]:
+        return self.inside().shares()
+
+    def shared_count(self, shape: tuple[int, int]) -> int:
+        return self.inside().shared_count(shape)
 
     def init(self, site: Site, start: Start) -> dict[str, Tensor]:
         W = site.weight.detach()

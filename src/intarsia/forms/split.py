@@ -37,7 +37,7 @@ class Split:
                 more[f"expert_{name}"] = expert.to(device, torch.uint8).view(state[name].shape)
         return state | more
 
-    def after_step(self, p: Any) -> None:
+    def after_step(self, p: Any, lr: float) -> None:
         p.step.add_(1)
         p.drawn.copy_(draw(p.key, p.step, self.experts))
 

@@ -13,7 +13,7 @@ from intarsia import store
 from intarsia.calibrate import Progress
 from intarsia.edits import Edit
 from intarsia.errors import IntarsiaError, nearest
-from intarsia.interop import full_model, gguf, patch, peft_folder, peft_lora, peft_shira
+from intarsia.interop import full_model, gguf, patch, peft_alora, peft_folder, peft_lora, peft_shira
 from intarsia.interop.output import Written, check_output, measured
 from intarsia.interop.peft import as_adapter, open_peft
 from intarsia.interop.views import as_elements
@@ -29,12 +29,14 @@ class Target:
         suffix: of its file; empty for a folder.
         marks: files of which a folder that may be replaced has one.
         whole: whether it is written from model and tokenizer; else from the weights alone, or (base False) from nothing.
+        check: raises IntarsiaError for an adapter that it cannot hold, before the base is loaded.
         outcome: what becomes of an edit: ``exact``, the option that accepts it, or ``refused``.
     """
 
     title: str
     write: Callable[..., Written]
     outcome: Callable[[Edit], str]
+    check: Callable[[store.Adapter], None] = peft_folder.check_folds
     options: tuple[str, ...] = ()
     suffix: str = ""
     marks: tuple[str, ...] = ()
@@ -58,12 +60,21 @@ def _of_weights(outcome: Callable[[Edit], str]) -> Callable[[Edit], str]:
     return lambda edit: "refused" if edit.inserts() else outcome(edit)
 
 
+def _activated_or(outcome: Callable[[Edit], str]) -> Callable[[Edit], str]:
+    return lambda edit: "exact" if peft_alora.low_rank(edit) is not None else outcome(edit)
+
+
+def _check_lora(adapter: store.Adapter) -> None:
+    peft_folder.check_folds(peft_alora.as_lora(adapter)[0])
+
+
 TARGETS: dict[str, Target] = {
-    "peft-lora": Target("a PEFT adapter", peft_lora.write, _of_weights(_or(peft_lora.exact, "--rank")), ("rank",), marks=(peft_folder.CONFIG,)),
+    "peft-lora": Target("a PEFT adapter", peft_lora.write, _activated_or(_of_weights(_or(peft_lora.exact, "--rank"))), _check_lora, ("rank",),
+                        marks=(peft_folder.CONFIG,)),
     "peft-shira": Target("a PEFT adapter", peft_shira.write, _of_weights(_or(as_elements, "refused")), marks=(peft_folder.CONFIG,)),
-    "weight-patch": Target("a weight patch", patch.write, _of_weights(_or(as_elements, "--dense")), ("dense",), patch.SUFFIX),
-    "full-model": Target("a model", full_model.write, _of_weights(_always), ("dtype",), marks=(full_model.CONFIG,), whole=True),
-    "gguf": Target("a GGUF model", gguf.write, _of_weights(_always), ("dtype",), gguf.SUFFIX, whole=True),
+    "weight-patch": Target("a weight patch", patch.write, _of_weights(_or(as_elements, "--dense")), options=("dense",), suffix=patch.SUFFIX),
+    "full-model": Target("a model", full_model.write, _of_weights(_always), options=("dtype",), marks=(full_model.CONFIG,), whole=True),
+    "gguf": Target("a GGUF model", gguf.write, _of_weights(_always), options=("dtype",), suffix=gguf.SUFFIX, whole=True),
     "intarsia": Target("an adapter", _write_ours, _always, marks=(store.HEAD,), base=False),
 }  # fmt: skip
 
@@ -110,7 +121,7 @@ def convert(
     if adapter is not None and not target.base:
         return target.write(adapter, None, out, overwrite=overwrite, progress=progress)
     if adapter is not None:
-        peft_folder.check_folds(adapter)  # before the base is loaded
+        target.check(adapter)
     base = load(adapter)
     if adapter is None:
         assert folder is not None

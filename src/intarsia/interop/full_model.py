@@ -16,10 +16,9 @@ from intarsia.calibrate import Progress
 from intarsia.edits import place
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.interop.output import Written, check_output, made_aside, measured
-from intarsia.interop.peft_folder import check_model, layer_names
-from intarsia.operators import Operator, operator_of
+from intarsia.interop.peft_folder import check_model
 from intarsia.pretrained import Pretrained, hushed
-from intarsia.site import layer_at
+from intarsia.site import operator_at
 
 CONFIG = "config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -71,17 +70,15 @@ def folded(
     """The model's state with the adapter folded in; what it does not change is the model's own memory, not a copy."""
     wanted, model = check_dtype(dtype), pretrained.model
     check_model(model, adapter)
-    names = layer_names(model, adapter)
-    packed = [weight for weight in names if not packing_of(model.get_parameter(weight)).in_place]
+    packed = [weight for weight in adapter.edits if not packing_of(model.get_parameter(weight)).in_place]
     if packed:
         raise IntarsiaError(
             f"{packed[0]} is stored in {packing_of(model.get_parameter(packed[0])).name(model.get_parameter(packed[0]))}; a model is "
             "written from plain weights. Load the base without load_in"
         )
     made: dict[int, Tensor] = {}  # by memory: a tied weight is one tensor under two names, and stays one
-    for done, (weight, name) in enumerate(names.items(), 1):
-        stored, operator = model.get_parameter(weight).detach(), operator_of(layer_at(model, name))
-        assert isinstance(operator, Operator)
+    for done, weight in enumerate(adapter.edits, 1):
+        stored, operator = model.get_parameter(weight).detach(), operator_at(model, weight)
         wide = stored if wanted in (None, stored.dtype) else stored.to(torch.promote_types(stored.dtype, torch.float32))
         after = wide.clone()
         place(weight, operator.matrix(wide), [(1.0, adapter.edits[weight].to(stored.device))]).write(
@@ -89,7 +86,7 @@ def folded(
         )
         made[stored.data_ptr()] = after
         if progress:
-            progress(done, len(names), "folding in")
+            progress(done, len(adapter.edits), "folding in")
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         here = made.setdefault(tensor.data_ptr(), tensor.detach()) if tensor.numel() else tensor

@@ -27,11 +27,10 @@ from intarsia.deck import Deck
 from intarsia.edits import place
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.interop.output import Written, check_output, made_aside, measured
-from intarsia.interop.peft_folder import check_model, layer_names
+from intarsia.interop.peft_folder import check_model
 from intarsia.interop.views import as_elements
 from intarsia.model import active_names, check_unoccupied, digest
-from intarsia.operators import Operator, operator_of
-from intarsia.site import layer_at
+from intarsia.site import operator_at
 from intarsia.store import json_digest, tensor_digest, weights_digest
 
 FORMAT = "intarsia weight patch 1"
@@ -81,7 +80,7 @@ def write(
     path = Path(file)
     check_output(path, overwrite, "a weight patch", SUFFIX)
     base = check_model(model, adapter)
-    names = layer_names(model, adapter)
+    names = list(adapter.edits)
     faults = [
         f"{weight}: {why}"
         for weight, edit in adapter.edits.items()
@@ -103,8 +102,8 @@ def write(
     deck.add(adapter)  # refuses a packed base
     tensors: dict[str, Tensor] = {}
     changed = 0
-    for done, (weight, name) in enumerate(names.items(), 1):
-        found = _change(model, weight, name, adapter)
+    for done, weight in enumerate(names, 1):
+        found = _change(model, weight, adapter)
         tensors |= found
         changed += len(found[f"{weight}.values"])
         if progress:
@@ -130,11 +129,10 @@ def write(
     return measured(path, weights=len(names), changed=changed, of=total, new_digest=new)
 
 
-def _change(model: nn.Module, weight: str, name: str, adapter: store.Adapter) -> dict[str, Tensor]:
+def _change(model: nn.Module, weight: str, adapter: store.Adapter) -> dict[str, Tensor]:
     """Where the bits of the stored weight change, and what they become; the whole weight where that is shorter."""
     stored = model.get_parameter(weight).detach()
-    operator = operator_of(layer_at(model, name))
-    assert isinstance(operator, Operator)
+    operator = operator_at(model, weight)
     after = stored.clone()
     place(weight, operator.matrix(stored), [(1.0, adapter.edits[weight].to(stored.device))]).write(
         operator.matrix(after)

@@ -222,7 +222,12 @@ def check_folds(adapter: store.Adapter) -> None:
 
 
 def layer_names(model: nn.Module, adapter: store.Adapter) -> dict[str, str]:
-    """The layer of each weight that the adapter edits."""
+    """The layer of each weight that the adapter edits. Raises IntarsiaError where it edits a bias."""
+    if biases := [name for name in adapter.edits if name.endswith(".bias")]:
+        raise IntarsiaError(
+            f"{adapter.name} changes {biases[0]}, and a PEFT folder holds changes of weights alone; convert it to full-model or, "
+            "with dense=True (--dense), to weight-patch"
+        )
     names = {weight_name(model, name): name for name in adaptable_layers(model)}
     return {weight: names[weight] for weight in adapter.edits}
 

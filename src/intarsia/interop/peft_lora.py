@@ -1,4 +1,4 @@
-"""PEFT's LoRA, with DoRA, rsLoRA, ranks and scales by pattern, on Linear, Conv1D, convolutions and embeddings.
+"""PEFT's LoRA, with DoRA, aLoRA, rsLoRA, ranks and scales by pattern, on Linear, Conv1D, convolutions and embeddings.
 
     W' = W + s B A,  s = lora_alpha / r  (rsLoRA: / sqrt(r));  use_dora: W' = m V / ||V||, V = W + s B A
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from intarsia import store
 from intarsia.calibrate import Progress
-from intarsia.edits import Edit, LowRank, Rescaled, row_norms
+from intarsia.edits import Edit, LowRank, Rescaled, row_norms, without_scale
 from intarsia.errors import IntarsiaError
+from intarsia.interop import peft_alora
 from intarsia.interop.approximation import best, losses
 from intarsia.interop.output import Written, check_output
 from intarsia.interop.peft_folder import (
@@ -38,7 +39,7 @@ from intarsia.interop.peft_folder import (
     wide,
     write_folder,
 )
-from intarsia.interop.views import as_low_rank, without_scale
+from intarsia.interop.views import as_low_rank
 from intarsia.operators import STACK, Convolution, Embedding, Operator, operator_of
 from intarsia.site import layer_at, partners, site_at, weight_name
 
@@ -51,11 +52,11 @@ PARTS = (A, B, "lora_B.bias", f"{MAGNITUDE}.weight", MAGNITUDE, EMBEDDED_A, EMBE
 SHOWN = (8, 32, 128)  # ranks whose loss a refusal tells
 MEASURED = 16  # of how many weights, evenly spread, it is measured
 
-UNDERSTOOD = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "ensure_weight_tying", "init_lora_weights",
+UNDERSTOOD = ("r", "lora_alpha", "alora_invocation_tokens", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "ensure_weight_tying", "init_lora_weights",
               "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
               "velora_config")  # fmt: skip
 OFF = {"bias": "none"} | dict.fromkeys(
-    ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora",
+    ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters", "use_qalora",
      "lora_bias", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "megatron_config"), None
 )  # fmt: skip
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # those that leave the base as it is
@@ -73,7 +74,10 @@ def read(folder: Folder, model: nn.Module) -> tuple[dict[str, Edit], dict[str, A
     edits: dict[str, Edit] = {}
     for name, parts in modules.items():
         try:
-            edits[weight_name(model, name)] = _edit(model, name, parts, config)
+            edit = peft_alora.activated(_edit(model, name, parts, config), _operator(model, name), config)
+            if isinstance(edit, str):
+                raise IntarsiaError(edit)
+            edits[weight_name(model, name)] = edit
         except IntarsiaError as error:
             faults.append(f"{name}: {error}")
     return edits, _method(config), faults
@@ -81,6 +85,7 @@ def read(folder: Folder, model: nn.Module) -> tuple[dict[str, Edit], dict[str, A
 
 def _config_faults(config: Mapping[str, Any]) -> list[str]:
     faults = field_faults(config, UNDERSTOOD, OFF)
+    faults += [f"{CONFIG}: {fault}" for fault in peft_alora.faults(config)]
     start = config.get("init_lora_weights", True)
     if start not in STARTS:
         faults.append(
@@ -215,6 +220,10 @@ def _unknown(operator: Operator | str | None) -> str | None:
 
 def _method(config: Mapping[str, Any]) -> dict[str, Any]:
     alpha, scaling = float(config.get("lora_alpha", 8)), "rslora" if config.get("use_rslora") else "lora"
+    if tokens := config.get(peft_alora.TOKENS):
+        rank = config.get("r", 8)
+        alpha = float(_alpha(alpha / math.sqrt(rank), rank)) if config.get("use_rslora") else alpha
+        return {"name": "alora", "invocation": tokens, "rank": rank, "alpha": alpha}
     inner = {"name": "lora", "rank": config.get("r", 8), "alpha": alpha, "scaling": scaling}
     return {"name": "dora", "inner": inner, "detach_norm": True} if config.get("use_dora") else inner
 
@@ -246,7 +255,7 @@ def write(
 ) -> Written:
     """Write a PEFT LoRA (DoRA where an edit is rescaled), which PEFT and every engine that reads its folders loads.
 
-    Exact for rows, columns, low rank, sums of these and rescalings of them. With ``rank`` the rest is written as its best
+    Exact for rows, columns, low rank, sums of these and rescalings of them, and for low rank that is activated by tokens (aLoRA). With ``rank`` the rest is written as its best
     approximation of that rank, and what is lost is told.
 
     Raises:
@@ -257,6 +266,7 @@ def write(
     if rank is not None and rank < 1:
         raise IntarsiaError(f"rank={rank!r} must be 1 or more")
     check_output(path, overwrite, "a PEFT adapter", marks=(CONFIG,))
+    whole, (adapter, activation) = adapter, peft_alora.as_lora(adapter)
     check_model(model, adapter)
     names = layer_names(model, adapter)
     _check_layers(model, adapter, names)
@@ -281,7 +291,7 @@ def write(
         "ranks": [min(ranks), max(ranks)],
         "approximated": sum(one.of > 0 for one in found.values()),
     }
-    return write_folder(path, adapter, KIND, config, tensors, math.sqrt(lost / of) if of else 0.0, **facts)
+    return write_folder(path, whole, KIND, config | activation, tensors, math.sqrt(lost / of) if of else 0.0, **facts)
 
 
 def _check_layers(model: nn.Module, adapter: store.Adapter, names: Mapping[str, str]) -> None:

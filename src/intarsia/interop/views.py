@@ -1,17 +1,14 @@
 """An edit in another one's terms: what other formats can hold is low rank, or single elements.
 
-A class that is not in the table has no low-rank view, and sparse is what says so of itself. A text says why there is none.
+Low rank and sparse is what says so of itself; rows and columns are low rank besides. A text says why there is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from intarsia.edits import Edit, LowRank, Sparse, Sum, add, elements, scale
+from intarsia.edits import Edit, LowRank, Sparse, Sum, add, elements, joined, scale
 from intarsia.support import Column, Row
 
 View = LowRank | Sparse
@@ -19,8 +16,11 @@ View = LowRank | Sparse
 
 def as_low_rank(edit: Edit) -> LowRank | str:
     """The same change as B A, exactly; or why it is none."""
-    found = LOW_RANK.get(type(edit), lambda edit: f"{edit.kind} edits are not of low rank")(edit)
-    return found
+    if (found := edit.low_rank()) is not None:
+        return found
+    if isinstance(edit, Sum):
+        return _beside(edit)
+    return _slices(edit) if isinstance(edit, Sparse) else f"{edit.kind} edits are not of low rank"
 
 
 def as_elements(edit: Edit) -> Sparse | str:
@@ -56,26 +56,3 @@ def _beside(edit: Sum) -> LowRank | str:
     if faults := [part for part in parts if isinstance(part, str)]:
         return faults[0]
     return joined([part for part in parts if isinstance(part, LowRank)])
-
-
-def joined(parts: Sequence[LowRank]) -> LowRank:
-    """The sum of low-rank edits as one, the ranks side by side. Scales that differ go into B."""
-    scales = {part.scale for part in parts}
-    parts = list(parts) if len(scales) == 1 else [without_scale(part) for part in parts]
-    dtype = parts[0].B.dtype
-    for part in parts:
-        dtype = torch.promote_types(torch.promote_types(dtype, part.B.dtype), part.A.dtype)
-    B = torch.cat([part.B.to(dtype) for part in parts], dim=1)
-    return LowRank(parts[0].shape, B, torch.cat([part.A.to(dtype) for part in parts]), parts[0].scale)
-
-
-def without_scale(edit: LowRank) -> LowRank:
-    """The same with the scale multiplied into B, which is then rounded once to its dtype."""
-    return LowRank(edit.shape, (edit.B.double() * edit.scale).to(edit.B.dtype), edit.A, 1.0)
-
-
-LOW_RANK: dict[type[Edit], Callable[[Any], LowRank | str]] = {
-    LowRank: lambda edit: edit,
-    Sparse: _slices,
-    Sum: _beside,
-}

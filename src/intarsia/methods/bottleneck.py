@@ -22,7 +22,7 @@ from torch import nn
 from intarsia.edits import ACTIVATIONS, PLACES, sizes
 from intarsia.edits import Bottleneck as Function
 from intarsia.forms import Insert
-from intarsia.method import option
+from intarsia.method import as_parameters, option
 from intarsia.registry import register
 
 
@@ -38,6 +38,7 @@ class Bottleneck(Insert):
 
     name, title, paper = "bottleneck", "Bottleneck adapters", "arXiv:2304.01933"
     formula, trained = "y' = y + s up phi(down v), v = x or y", "b (n + m)"
+    cost = "b (n + m)"
     default_lr = 4e-3
     small = ({"width": 3}, {"width": 2, "place": "after", "activation": "gelu", "scale": 2.0, "train_scale": True},
              {"width": 2, "place": "before", "activation": "silu", "start": "bert"})  # fmt: skip
@@ -61,8 +62,7 @@ class Bottleneck(Insert):
             for matrix in (down, up):
                 nn.init.normal_(matrix, std=0.02, generator=generator)
         state = {"down": down, "up": up} | ({"gain": torch.tensor(1.0)} if self.train_scale else {})
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
-        return {name: nn.Parameter(tensor.to(site.weight.device, wide)) for name, tensor in state.items()}
+        return as_parameters(site, state)
 
     def stays_wide(self):
         return frozenset({"gain"})  # in bfloat16 it could not change by less than 1/256

@@ -31,7 +31,11 @@ class Dora(Rescale):
     def __post_init__(self):
         if not isinstance(self.inner, Method):
             object.__setattr__(self, "inner", build(self.inner))
-        self.require(isinstance(self.inner, Delta), "inner", "a method that adds a delta: lora, shira, paca")
+        self.require(
+            isinstance(self.inner, Delta) and not self.inner.reads_weights_below,
+            "inner",
+            "a method that adds a delta: lora, shira, paca",
+        )
 
     def inside(self):
         return self.inner

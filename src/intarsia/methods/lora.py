@@ -4,18 +4,15 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 Trained: r (O + I) numbers a weight.  A ~ Kaiming uniform (a = sqrt 5), B = 0, as in the authors' code.
 
 ``scaling="rslora"`` is s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732): the update stays of one size as r
-grows.  alpha defaults to 2 r.
+grows.  alpha defaults to 2 r.  ``start`` is another way for A and B to begin, of :mod:`intarsia.inits`; where B A is not 0
+then, what it is at the start is subtracted.
 """
 
 import math
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from intarsia.edits import LowRank
-from intarsia.errors import IntarsiaError
-from intarsia.forms import Delta
+from intarsia.forms import Factored
+from intarsia.inits import INITIALISERS, find, is_initialiser, make
 from intarsia.method import option
 from intarsia.registry import register
 
@@ -24,52 +21,53 @@ SCALINGS = {"lora": lambda r: r, "rslora": math.sqrt, "none": lambda r: 1.0}
 
 @register
 @dataclass(frozen=True)
-class Lora(Delta):
+class Lora(Factored):
     rank: int = option(8, "rank r of the update")
     alpha: float | None = option(None, "the update is multiplied by alpha / r; none: 2 r")
     scaling: str = option("lora", "lora: alpha / r, rslora: alpha / sqrt(r), none: alpha")
+    start: str = option("lora", "how A and B start: " + ", ".join(INITIALISERS))
 
     name, title, paper = "lora", "LoRA", "arXiv:2106.09685"
     formula, trained = "W' = W + s B A", "r (O + I)"
     default_lr = 4e-3
     pairs = (("B", "A"),)
-    small = ({"rank": 2}, {"rank": 3, "alpha": 4.0, "scaling": "rslora"})
+    small = ({"rank": 2}, {"rank": 3, "alpha": 4.0, "scaling": "rslora", "start": "pissa"})
 
     def __post_init__(self):
         self.require(self.rank >= 1, "rank", "1 or more")
         self.require(self.alpha is None or 0 < self.alpha < math.inf, "alpha", "positive, or none")
         self.require(self.scaling in SCALINGS, "scaling", "one of " + ", ".join(SCALINGS))
+        self.require(is_initialiser(self.start), "start", "one of " + ", ".join(INITIALISERS))
 
     @property
     def scale(self):
         return (2.0 * self.rank if self.alpha is None else self.alpha) / SCALINGS[self.scaling](self.rank)
 
-    def check(self, site):
-        if self.rank > min(site.shape):
-            return f"{site.name}: rank={self.rank} is above {min(site.shape)}, the rank of a {site.shape[0]} x {site.shape[1]} weight"
+    def needs(self):
+        return find(self.start).needs
 
-    def trained_count(self, shape):
-        return self.rank * (shape[0] + shape[1])
+    def chooses_together(self):
+        return find(self.start).settle is not None
+
+    def survey(self, site, start):
+        looked = find(self.start).survey
+        return looked(self, site, start) if looked else super().survey(site, start)
+
+    def settle(self, sites, surveys, seed):
+        chosen = find(self.start).settle
+        return chosen(self, sites, surveys, seed) if chosen else super().settle(sites, surveys, seed)
+
+    def at(self, edit, site):
+        found = find(self.start).at
+        return found(self, edit, site) if found else self
+
+    def observer(self, site):
+        return find(self.start).observer(self, site)
+
+    def confer(self, observers):
+        if find(self.start).confer:
+            find(self.start).confer(self, observers)
 
     def init(self, site, start):
-        (O, I), wide = site.shape, torch.promote_types(site.weight.dtype, torch.float32)
-        A = torch.empty(self.rank, I)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=start.generator())
-        B = torch.zeros(O, self.rank)
-        return {k: nn.Parameter(t.to(site.weight.device, wide)) for k, t in (("A", A), ("B", B))}
-
-    def delta(self, p):
-        return self.scale * (p.B @ p.A)
-
-    def branch(self, p, x):
-        return self.scale * p.operator.low_rank(x, p.B, p.A)
-
-    def edit(self, p):
-        return LowRank(p.shape, p.B.detach().clone(), p.A.detach().clone(), self.scale)
-
-    def restore(self, edit, site):
-        found = (edit.A.shape[0], edit.scale) if isinstance(edit, LowRank) else edit.kind
-        if found != (self.rank, self.scale):
-            raise IntarsiaError(f"{site.name}: the file has (rank, scale) {found}; its own config asks for {self}")
-        wide = torch.promote_types(site.weight.dtype, torch.float32)
-        return {k: nn.Parameter(t.to(wide, copy=True)) for k, t in edit.tensors().items()}
+        made = make(self.start, self, site, start, self.shapes(site.shape))
+        return self.begin(site, made, made if find(self.start).subtracted else None)

@@ -17,6 +17,7 @@ import torch
 
 from intarsia.edits import LowRank
 from intarsia.forms import Split
+from intarsia.inits import INITIALISERS
 from intarsia.method import Start, option
 from intarsia.methods.lora import Lora
 from intarsia.registry import register
@@ -37,11 +38,10 @@ class Mosa(Split, Lora):
 
     def __post_init__(self):
         super().__post_init__()
+        starts = [name for name, each in INITIALISERS.items() if not each.subtracted]  # A0 and B0 are the split's here
+        self.require(self.start in starts, "start", "one of " + ", ".join(starts))
         self.require(1 <= self.experts <= 255, "experts", "from 1 to 255")
         self.require(self.share in SPLIT, "share", "one of " + ", ".join(SPLIT))
-
-    def stays_wide(self):
-        return frozenset({"A", "B", "A0", "B0"})  # an expert's share of a change is a small part of a factor
 
     def init(self, site, start):
         return self.split(super().init(site, start), SPLIT[self.share], start)

@@ -35,6 +35,7 @@ class Prefix(Ahead):
     name, title, paper = "prefix", "Prefix tuning", "arXiv:2101.00190"
     formula, trained = "K_l' = [K_l; x W_K], V_l' = [V_l; x W_V]", "n I"
     default_lr = 1e-1
+    cost = "n I"
     small = ({"tokens": 3, "std": 0.5}, {"tokens": 2, "hidden": 5})
 
     def __post_init__(self):

@@ -30,6 +30,7 @@ class Prompt(Ahead):
     name, title, paper = "prompt", "Prompt tuning", "arXiv:2104.08691"
     formula, trained = "y = decoder([P; E(x)])", "n O"
     default_lr = 3e-2
+    cost = "n I"
     small = ({"tokens": 3}, {"tokens": 4, "ids": [5, 0, 2]})
 
     def __post_init__(self):

@@ -17,12 +17,14 @@ from intarsia.support.granularity import (
     file_index_dtype,
     named_granularity,
 )
+from intarsia.support.noise import combination, noise
 from intarsia.support.permutation import draw, permute, ranks, sample, sample_rows, uniform
+from intarsia.support.principal import principal
 from intarsia.support.scorers import CROWDED, OUTSIDE, SCORERS, is_scorer, needs_of, score, scorer
 
 __all__ = [
     "BUDGETS", "CROWDED", "GRANULARITIES", "OF_THE_MODEL", "OUTSIDE", "SCORERS", "Column", "Diagonal", "Drawn", "Element",
-    "Granularity", "Line", "Plan", "Row", "Shape", "Tile", "Wide", "allocate", "choose", "draw", "file_index_dtype",
-    "free_count", "free_units", "is_scorer", "named_granularity", "needs_of", "permute", "proportional", "ranks",
-    "sample", "sample_rows", "score", "scorer", "struct", "top", "uniform",
+    "Granularity", "Line", "Plan", "Row", "Shape", "Tile", "Wide", "allocate", "choose", "combination", "draw",
+    "file_index_dtype", "free_count", "free_units", "is_scorer", "named_granularity", "needs_of", "noise", "permute",
+    "principal", "proportional", "ranks", "sample", "sample_rows", "score", "scorer", "struct", "top", "uniform",
 ]  # fmt: skip

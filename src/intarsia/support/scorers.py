@@ -15,7 +15,6 @@ because a file names it.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import TypeVar
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import NEEDS, Start
+from intarsia.registry import OUTSIDE, imported
 from intarsia.site import Site
 
 Scorer = Callable[[Site, Start], Tensor]
 S = TypeVar("S", bound=Scorer)
 
 SCORERS: dict[str, Scorer] = {}
-OUTSIDE = "package.module:function"
 # Scorers whose entries crowd into a few rows and columns, because a gradient is nearly of low rank and a few inputs are much
 # larger than the others. A step on such a support weighs more: docs/learning-rate.md.
 CROWDED = frozenset({"gradient", "snip", "fisher", "wanda", "activation"})
@@ -135,17 +134,9 @@ def find(name: str) -> Scorer:
     """
     if name in SCORERS:
         return SCORERS[name]
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise IntarsiaError(f"unknown scorer {name!r}; {nearest(name, SCORERS)}, or {OUTSIDE!r}")
-    try:
-        found = importlib.import_module(module)
-        for part in function.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise IntarsiaError(
-            f"scorer {name!r}: {error}; expected {OUTSIDE!r}, importable from where this runs"
-        ) from error
+    found: Scorer = imported("scorer", name)
     if not callable(found):
         raise IntarsiaError(f"scorer {name!r} is a {type(found).__name__}; expected a function (site, start) -> scores")
     return found

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from intarsia.errors import IntarsiaError, nearest
 
@@ -70,6 +70,9 @@ class FirstConfig(Section):
     lr: float = Field(default=5e-5, gt=0, description="highest learning rate of AdamW; it falls linearly")
 
 
+PLAIN_OPTIMIZERS = ("adamw", "adafactor", "sgd")  # that Trainer has
+
+
 class TrainConfig(Section):
     """How to train. Steps are optimizer steps."""
 
@@ -84,7 +87,10 @@ class TrainConfig(Section):
     warmup: float = Field(default=0.05, ge=0, description="share of the steps if below 1, otherwise steps")
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0, description="clip the gradient to this norm; 0: do not")
-    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    optimizer: str | dict[str, Any] = Field(
+        default="adamw",
+        description="adamw, adafactor, sgd, or one of intarsia methods: its name, or a mapping of its name and fields",
+    )
     max_length: int = Field(default=512, ge=2, description="tokens a row; what goes beyond is cut off at the end")
     gradient_checkpointing: bool = Field(default=False, description="less memory for a third more time")
     shard: bool = Field(default=False, description="deal the base out over the processes of a launcher (FSDP2)")
@@ -107,6 +113,22 @@ class TrainConfig(Section):
     snapshots_from: float = Field(
         default=2 / 3, ge=0, lt=1, description="share of the run after which snapshots are taken, evenly up to its end"
     )
+
+    @field_validator("optimizer")
+    @classmethod
+    def _optimizer_is_known(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, dict) and not isinstance(value.get("name"), str):
+            raise ValueError("an optimizer needs a name: optimizer: {name: galore, rank: 8}")
+        if value in PLAIN_OPTIMIZERS:
+            return value
+        if isinstance(value, dict) and value["name"] in PLAIN_OPTIMIZERS:
+            if len(value) > 1:
+                raise ValueError(f"{value['name']} has no fields here; write optimizer: {value['name']}")
+            return str(value["name"])
+        from intarsia.optim import build  # here, because it imports torch
+
+        build(value, also=PLAIN_OPTIMIZERS)
+        return value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -132,6 +154,9 @@ class Config(Section):
     model: PathText = Field(description="a local folder, a .gguf file, a hub id, or smollm2-135m")
     data: DataConfig = Field(description="a file, or a mapping")
     method: dict[str, Any] = Field(description="a method's name, or a mapping of its name and fields")
+    allocator: dict[str, Any] | None = Field(
+        default=None, description="who trains when: an allocator's name, or a mapping of its name and fields"
+    )
     targets: Names = Field(default="all-linear", description="which weights: all-linear, globs, re:...")
     exclude: list[str] = Field(default_factory=list, description="weights to leave alone, named like targets")
     avoid: list[PathText] = Field(
@@ -147,6 +172,10 @@ class Config(Section):
     load_in: Literal["nf4", "int8"] | None = Field(
         default=None, description="store the base's linear weights in fewer bits; the adapter then belongs to that base"
     )
+    original: PathText | None = Field(
+        default=None,
+        description="the model before it was compressed, for methods that repair that (eora); with load_in: the model itself",
+    )
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     save: SaveConfig = Field(default_factory=SaveConfig)
 
@@ -158,8 +187,7 @@ class Config(Section):
         value = dict(value)
         if isinstance(value.get("data"), str | os.PathLike):
             value["data"] = {"train": value["data"]}
-        if isinstance(value.get("method"), str):
-            value["method"] = {"name": value["method"]}
+        value |= {key: {"name": value[key]} for key in ("method", "allocator") if isinstance(value.get(key), str)}
         value |= {key: [value[key]] for key in ("exclude", "avoid") if isinstance(value.get(key), str)}
         return value
 
@@ -167,6 +195,8 @@ class Config(Section):
     def _method_has_a_name(self) -> Self:
         if not isinstance(self.method.get("name"), str):
             raise ValueError("method needs a name: method: {name: shira, density: 0.01}")
+        if self.allocator is not None and not isinstance(self.allocator.get("name"), str):
+            raise ValueError("allocator needs a name: allocator: {name: ist, share: 0.25}")
         return self
 
 
@@ -256,6 +286,8 @@ def _place(section: Any, key: str, assignment: str) -> Any:
 SHORT = {
     "data": "train",
     "method": "name",
+    "allocator": "name",
+    "optimizer": "name",
     "adapters": "adapter",  # each of a list
 }  # sections that may be written as one word, and what the word then is
 

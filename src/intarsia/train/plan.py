@@ -6,25 +6,32 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from intarsia import processes, registry
+from intarsia import allocators, processes, registry
 from intarsia.bases import packing_of
 from intarsia.disjoint import adapters_to_avoid
 from intarsia.errors import IntarsiaError
 from intarsia.method import Method
 from intarsia.model import attached_names, digest
 from intarsia.model import plan as plan_sites
+from intarsia.optim import Recipe
+from intarsia.optim import build as build_optimizer
 from intarsia.pretrained import Pretrained
 from intarsia.pretrained import load as load_pretrained
 from intarsia.site import find_sites
 from intarsia.store import Adapter
-from intarsia.train.config import Config
+from intarsia.support import Shape
+from intarsia.train.config import PLAIN_OPTIMIZERS, Config
 from intarsia.train.data import BatchView, DataReport, Example, load_examples, split
 from intarsia.train.data import show_batch as view
 from intarsia.train.progress import Progress, size
 from intarsia.train.snapshots import snapshot_steps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MUCH_TOO_LOW = 8  # a learning rate that many times below the method's own gets a warning
 STATE_BYTES = {"adamw": 8, "adafactor": 4, "sgd": 0}  # of optimizer state for a trained number; adafactor: at most
@@ -69,11 +76,13 @@ class Plan:
 
     config: Config
     method: Method
+    allocator: allocators.Allocator | None  # who trains when
     avoid: list[Adapter]  # whose entries are not chosen
     pretrained: Pretrained
     train: list[Example]
     held_out: list[Example]
     reports: list[DataReport]
+    optimizer: Recipe | None  # None: one of Trainer's own
     estimate: Estimate
     snapshots: list[int]  # steps
     settings: Mapping[str, Any]  # everything that the result depends on, flat: {"train.lr": 0.001, ...}
@@ -81,11 +90,19 @@ class Plan:
     def warnings(self) -> list[str]:
         """What is probably not meant so."""
         found = []
-        usual, lr = self.method.default_lr, self.estimate.lr
+        usual, lr = _usual_lr(self.method, self.optimizer), self.estimate.lr
         if self.config.train.optimizer == "adamw" and lr < usual / MUCH_TOO_LOW:
             found.append(
                 f"train.lr={lr:g} is {usual / lr:.0f} times below what {self.method.name} was measured to want "
                 f"({usual:g}); it will learn slowly, if at all. Leave train.lr out to use that"
+            )
+        sought = self.method.invoked_by()
+        without = sum(not _holds(example.input_ids, sought) for example in self.train) if sought else 0
+        if without:
+            text = self.pretrained.tokenizer.decode(list(sought))
+            found.append(
+                f"{without} of {len(self.train)} rows to train on do not have {text!r} (tokens {list(sought)}), which "
+                f"{self.method.name} is invoked by; nothing is learned of them"
             )
         for report in self.reports:
             skipped = sum(report.skipped.values())
@@ -105,7 +122,13 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         raise IntarsiaError("train.shard needs several processes: torchrun --nproc-per-node 2 -m intarsia train ...")
     if config.train.shard and config.load_in:
         raise IntarsiaError(f"train.shard deals out plain weights; leave load_in={config.load_in} out, or train.shard")
-    method = registry.build(config.method)
+    method = registry.build(
+        registry.with_tokens(config.method, lambda text: [0])
+    )  # wrong ones are told before a model is loaded
+    allocator = allocators.build(config.allocator) if config.allocator is not None else None
+    if allocator is not None and processes.count() > 1:
+        raise IntarsiaError(f"{allocator.name} works in one process so far; start one, or leave allocator out")
+    recipe = _optimizer(config, method)
     if pretrained is None:
         device = None if config.train.shard else processes.device()  # what is to be sharded may not fit on one
         pretrained = load_pretrained(
@@ -116,6 +139,12 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
             "train.shard deals the base out for good; leave pretrained out, so that train() loads its own"
         )
     model = pretrained.model
+    if "original" in method.needs() and original_name(config) is None:
+        raise IntarsiaError(
+            f"{method.name} computes from what the compression of the base changed: name the model before it, original: ..., or "
+            "store the base in fewer bits, load_in: nf4"
+        )
+    method = registry.build(registry.with_tokens(config.method, partial(_tokens, pretrained.tokenizer)))
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
     targeted = find_sites(model, config.targets, config.exclude, method.default_targets)
@@ -138,7 +167,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
             f"{packed[0]}: its weight is stored in {packing_of(stored).name(stored)}, and a support only moves over a plain "
             "base; leave load_in out, or take a method whose support stays"
         )
-    optimizer = trained * STATE_BYTES[config.train.optimizer]
+    optimizer = _optimizer_bytes(config, recipe, [(targeted[name].shape, count) for name, count in planned.items()])
     per_row = sum(len(e.input_ids) for e in train) / len(train)
     estimate = Estimate(
         trained=trained,
@@ -151,10 +180,50 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
         rows=len(train),
         held_out=len(held_out),
         tokens=round(per_row * _rows_seen(config, len(train), steps)),
-        lr=config.train.lr or method.default_lr,
+        lr=config.train.lr or _usual_lr(method, recipe),
     )
-    depends_on = settings(config, method, pretrained, avoid)
-    return Plan(config, method, avoid, pretrained, train, held_out, reports, estimate, snapshots, depends_on)
+    depends_on = settings(config, method, pretrained, avoid, recipe)
+    return Plan(
+        config, method, allocator, avoid, pretrained, train, held_out, reports, recipe, estimate, snapshots, depends_on
+    )
+
+
+def _optimizer(config: Config, method: Method) -> Recipe | None:
+    """One of ours, or None for one of Trainer's. Raises IntarsiaError where it cannot train what the method has."""
+    wanted = config.train.optimizer
+    recipe = None if wanted in PLAIN_OPTIMIZERS else build_optimizer(wanted)
+    if recipe is not None and recipe.needs_pairs and not method.pairs:
+        able = ", ".join(name for name, cls in registry.methods().items() if cls.pairs)
+        raise IntarsiaError(
+            f"train.optimizer: {recipe.name} is for methods with pairs of factors, and {method.name} has none; take another "
+            f"optimizer, or another method (such as {able})"
+        )
+    return recipe
+
+
+def _usual_lr(method: Method, recipe: Recipe | None) -> float:
+    return recipe.usual_lr(method.default_lr) if recipe else method.default_lr
+
+
+def _optimizer_bytes(config: Config, recipe: Recipe | None, shapes: Iterable[tuple[Shape, int]]) -> int:
+    """Bytes of its state, from the shape of each weight and how many numbers are trained there."""
+    if recipe is None:
+        return sum(trained for _, trained in shapes) * STATE_BYTES[str(config.train.optimizer)]
+    # Where not the whole weight is trained, as if it were one vector; the state of a pair of factors is at most a little more.
+    return 4 * sum(recipe.numbers(shape if math.prod(shape) == trained else (trained,)) for shape, trained in shapes)
+
+
+def original_name(config: Config) -> str | None:
+    """The model before its weights were compressed: as the config says, or the one that ``load_in`` stores in fewer bits."""
+    return config.original or (config.model if config.load_in else None)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _holds(ids: list[int], sought: tuple[int, ...]) -> bool:
+    return any(tuple(ids[at : at + len(sought)]) == sought for at in range(len(ids) - len(sought) + 1))
 
 
 def _to_avoid(config: Config, method: Method) -> list[Adapter]:
@@ -209,10 +278,21 @@ def show_batch(config: Config, rows: int = 4, pretrained: Pretrained | None = No
     return view(load_data(config, pretrained)[0], pretrained.tokenizer, rows)
 
 
-def settings(config: Config, method: Method, pretrained: Pretrained, avoid: Iterable[Adapter] = ()) -> dict[str, Any]:
+def settings(
+    config: Config,
+    method: Method,
+    pretrained: Pretrained,
+    avoid: Iterable[Adapter] = (),
+    optimizer: Recipe | None = None,
+) -> dict[str, Any]:
     """All that the result of a run depends on: the config without what is free, the data, the base and the adapters to avoid by
     digest."""
-    flat = _flat(config.model_dump(mode="json") | {"method": method.config()})
+    tree = config.model_dump(mode="json") | {"method": method.config()}
+    if optimizer is not None:
+        tree["train"]["optimizer"] = optimizer.config()
+    if config.allocator is not None:
+        tree["allocator"] = allocators.build(config.allocator).config()
+    flat = _flat(tree)
     others = {"avoid": [adapter.digest[:12] for adapter in avoid]} if config.avoid else {}
     files = {"data.train": config.data.train, "data.eval": config.data.eval}
     digests = {

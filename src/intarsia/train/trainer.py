@@ -16,7 +16,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,18 +34,20 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from intarsia import distributed, processes, store
-from intarsia.allocators import compete
-from intarsia.calibrate import GATHERED
+from intarsia.allocators import Turns, told
+from intarsia.calibrate import GATHERED, model_loss
 from intarsia.errors import IntarsiaError
 from intarsia.evaluate import answer_loss, answer_sums
 from intarsia.model import activate, adapter_state, attach, attached_names, detach, export, load_adapter_state
 from intarsia.pretrained import Pretrained
+from intarsia.pretrained import load as load_pretrained
 from intarsia.ticket import lottery
 from intarsia.train import first as first_training
+from intarsia.train.allocation import Allocation
 from intarsia.train.config import Config
 from intarsia.train.data import Example, collator
 from intarsia.train.moving import MovingSupport
-from intarsia.train.plan import Plan, plan
+from intarsia.train.plan import Plan, original_name, plan
 from intarsia.train.plots import loss_curve
 from intarsia.train.progress import Log, Pace, Progress, clock
 from intarsia.train.shares import Shares, blank
@@ -164,6 +166,8 @@ class _Run:
         self.first = step_of(self.checkpoint) if self.checkpoint else 0
         processes.first_does(lambda: Log(state.folder / LOG).keep_until(self.first))
         self.log = Log(state.folder / LOG, writes=processes.rank() == 0)
+        allocator = ready.allocator
+        self.turns = Turns(self.model, ADAPTER, allocator, ready.config.seed) if allocator else None
 
     def go(self) -> Outcome:
         checkpoint, first = self.checkpoint, self.first
@@ -171,6 +175,8 @@ class _Run:
         if checkpoint:
             self.progress.say(f"going on from the checkpoint of step {first}")
             load_adapter_state(self.model, ADAPTER, load_file(checkpoint / "adapter.safetensors"))
+            if self.turns is not None:
+                self.turns.load_state_dict(load_file(checkpoint / "allocator.safetensors"))
             if first in self.ready.snapshots:  # the run may have ended between checkpoint and snapshot
                 self.take_snapshot(first)
         if first < self.steps:
@@ -178,8 +184,25 @@ class _Run:
         eval_loss = self._held_out(self.steps, "held out")
         return self._finish(base_loss, eval_loss, first or None)
 
+    def scoring_loss(self, step: int) -> float:
+        """The loss by which an allocator measures layers before a step: rows of the training data, drawn anew for every step."""
+        rows, turns = self.ready.train, self.turns
+        assert turns is not None
+        chosen = turns.draws.some([1.0] * len(rows), turns.allocator.rows(), "rows", step)
+        device = next(self.model.parameters()).device
+        batch = {key: t.to(device) for key, t in self.collate([rows[number] for number in chosen]).items()}
+        return float(model_loss(self.model, batch))
+
+    def dealt(self, step: int, counts: Mapping[str, int]) -> None:
+        """Say and log what the method has dealt out after a step."""
+        what = self.ready.method.allots
+        self.log.write("allocation", step=step, what=what, counts=dict(counts))
+        self.progress.say(f"step {step}: {told(counts, what)}")
+
     def _steps(self, checkpoint: Path | None, first: int) -> None:
-        with _Signals(self.progress) as signals:
+        with _Signals(self.progress) as signals, contextlib.ExitStack() as stack:
+            if self.turns is not None:
+                stack.callback(self.turns.end)
             trainer = AdapterTrainer(self, signals, first)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if signals.caught is not None:
@@ -303,7 +326,11 @@ class AdapterTrainer(Trainer):
             data_collator=run.collate,
             train_dataset=run.ready.train,
             eval_dataset=run.ready.held_out or None,
-            callbacks=[MovingSupport(run.model, ADAPTER, lambda: [self._prepare_inputs(self.batch)]), _AfterStep(self)],
+            callbacks=[
+                Allocation(run.model, ADAPTER, turns=run.turns, loss=run.scoring_loss, report=run.dealt),
+                MovingSupport(run.model, ADAPTER, lambda: [self._prepare_inputs(self.batch)]),
+                _AfterStep(self),
+            ],
         )
         self.remove_callback(PrinterCallback)
 
@@ -334,6 +361,8 @@ class AdapterTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: t.cpu().contiguous() for k, t in adapter_state(self.run.model, ADAPTER).items()}
         save_file(state, folder / "adapter.safetensors")
+        if self.run.turns is not None:
+            save_file(self.run.turns.state_dict(), folder / "allocator.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         pass  # _Run has loaded the adapter already
@@ -406,6 +435,13 @@ class AdapterTrainer(Trainer):
         """Whether a snapshot is to be taken after this step."""
         return self.state.global_step in self.run.ready.snapshots
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        recipe, config = self.run.ready.optimizer, self.run.ready.config.train
+        if recipe is not None and getattr(self, "optimizer", None) is None:
+            self.optimizer = recipe.build(self.run.model, self.args.learning_rate, config.weight_decay)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         config = self.run.ready.config.train
         factor = functools.partial(schedule, steps=self.run.steps, warmup=config.warmup, kind=config.schedule)
@@ -418,14 +454,13 @@ class AdapterTrainer(Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Lets layers compete, moves the live line, and ends the run after a step if a signal came."""
+    """Moves the live line, and ends the run after a step if a signal came."""
 
     def __init__(self, trainer: AdapterTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        compete(trainer.run.model, ADAPTER, state.global_step, state.max_steps)
         if state.global_step >= state.max_steps or trainer.is_due():
             control.should_log = True
         if trainer.is_due():
@@ -487,7 +522,9 @@ def _arguments(run: _Run) -> TrainingArguments:
         learning_rate=run.ready.estimate.lr,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim=OPTIMIZERS[config.optimizer],
+        optim=OPTIMIZERS[
+            config.optimizer if isinstance(config.optimizer, str) and not run.ready.optimizer else "adamw"
+        ],
         seed=run.ready.config.seed,
         data_seed=run.ready.config.seed,
         logging_steps=config.log_every,
@@ -552,7 +589,15 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
     given: dict[str, Any] = {"name": ADAPTER, "exclude": config.exclude, "avoid": ready.avoid, "seed": config.seed}
     if "movement" not in ready.method.needs():
         data = calibration_batches(ready) if ready.method.needs() & GATHERED else None
-        attach(model, ready.method, config.targets, **given, data=data, progress=progress.work)
+        attach(
+            model,
+            ready.method,
+            config.targets,
+            **given,
+            data=data,
+            progress=progress.work,
+            original=_original(ready, progress),
+        )
     elif processes.count() > 1:
         raise IntarsiaError(
             f"{ready.method.name} by movement trains densely first, which works in one process only so far"
@@ -566,6 +611,14 @@ def _attach(ready: Plan, progress: Progress, checkpoint: Path | None) -> None:
             lottery(
                 model, ready.method, lambda m: first_training.train_densely(ready, m, progress), config.targets, **given
             )
+
+
+def _original(ready: Plan, progress: Progress) -> nn.Module | None:
+    """The model before it was compressed, where the method computes from it; gone again when the adapter is attached."""
+    name = original_name(ready.config)
+    if "original" not in ready.method.needs() or name is None:
+        return None
+    return load_pretrained(name, dtype=ready.config.dtype, progress=progress.say).model
 
 
 @contextlib.contextmanager

@@ -31,14 +31,15 @@ def fit(
     """
     rows, columns = target.shape
     generator = torch.Generator().manual_seed(seed)
-    net = nn.Sequential(nn.Linear(columns, rows, bias=False))
+    layer = nn.Linear(columns, rows, bias=False)
+    net = nn.Sequential(layer)
     with torch.no_grad():
         start = torch.randn(rows, columns, generator=generator) / columns**0.5 if W is None else W
-        net[0].weight.copy_(start)
+        layer.weight.copy_(start)
     models.attach(net, method, "0", seed=seed, **given)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    wanted = (start + target).to(net[0].weight.dtype)
+    wanted = (start + target).to(layer.weight.dtype)
     for _ in range(steps):
         x = torch.randn(256, columns, generator=generator).to(wanted.dtype)
         optimizer.zero_grad()
