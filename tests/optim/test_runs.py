@@ -246,7 +246,9 @@ def test_pairs_are_trained_tensors_of_the_method(name):
             continue  # needs a model of a known family, or more
         state = state_of(net, "up")
         for up, down in method.pairs:
-            assert {up, down} <= state.learned().keys()
+            assert (up in state.learned()) == (
+                down in state.learned()
+            )  # a setting may leave a pair out, never half of one
         assert {part.role for part in parts(net)} >= ({"up", "down"} if method.pairs else set())
 
 
