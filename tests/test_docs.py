@@ -137,18 +137,23 @@ def test_the_disjoint_adapters_of_the_guide_are_disjoint(
     assert others[1].about["avoid"][0] == {"name": "a", "digest": first.digest}
 
 
-def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    page = ROOT / "docs" / "add-a-method.md"
-    method, laws = blocks(page, "python")
-    file = tmp_path / "lora_fa.py"
-    file.write_text(method, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("lora_fa", file)
+def written(monkeypatch: pytest.MonkeyPatch, file: Path, source: str) -> ModuleType:
+    """A page's method in a file of its own, imported; it is known until the test ends."""
+    file.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "lora_fa", module)
+    monkeypatch.setitem(sys.modules, file.stem, module)
     monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_method_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = ROOT / "docs" / "add-a-method.md"
+    method, laws = blocks(page, "python")
+    module = written(monkeypatch, tmp_path / "lora_fa.py", method)
     run(laws, {"LoraFa": module.LoraFa}, page)
 
 
@@ -182,31 +187,28 @@ def test_the_allocators_of_the_guide_run(
 def test_the_insert_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-an-insert.md"
     method, laws = blocks(page, "python")
-    file = tmp_path / "gated.py"
-    file.write_text(method, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("gated", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gated", module)
-    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     monkeypatch.setitem(edits.INSERTED, "gated bottleneck", None)  # gone again after the test
-    spec.loader.exec_module(module)
+    module = written(monkeypatch, tmp_path / "gated.py", method)
     run(laws, {"Gated": module.Gated}, page)
+
+
+def test_the_prompt_of_the_guide_passes_the_contract(
+    tiny_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = ROOT / "docs" / "add-a-prompt.md"
+    example, method, laws = blocks(page, "python")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": tiny_llama()}
+    run(example, names, page)
+    assert names["deck"].active == {"prompt": 1.0}
+    module = written(monkeypatch, tmp_path / "mean_prompt.py", method)
+    run(laws, {"MeanPrompt": module.MeanPrompt}, page)
 
 
 def test_the_mixture_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-a-mixture.md"
     method, laws = blocks(page, "python")
-    file = tmp_path / "mixture_of_loras.py"
-    file.write_text(method, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("mixture_of_loras", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "mixture_of_loras", module)
-    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
-    spec.loader.exec_module(module)
+    module = written(monkeypatch, tmp_path / "mixture_of_loras.py", method)
     run(laws, {"MixtureOfLoras": module.MixtureOfLoras}, page)
 
 
@@ -264,16 +266,8 @@ def test_the_initialiser_of_the_guide_passes_the_contract(monkeypatch: pytest.Mo
 def test_the_structured_delta_of_the_guide_passes_the_contract(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     page = ROOT / "docs" / "add-a-structured-delta.md"
     method, laws, transformed = blocks(page, "python")
-    file = tmp_path / "circulant.py"
-    file.write_text(method, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("circulant", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "circulant", module)
-    monkeypatch.setattr(registry.METHODS, "classes", registry.methods())
     monkeypatch.setitem(edits.KINDS, "diagonals of a circle", None)  # gone again after the test
-    spec.loader.exec_module(module)
+    module = written(monkeypatch, tmp_path / "circulant.py", method)
     run(laws, {"Circulant": module.Circulant}, page)
     names: dict[str, Any] = {"edits": edits}
     run(transformed, names, page)

@@ -34,7 +34,7 @@ from small import SITES, adapted, layer_of, small_net, some_input, some_loss, st
 from toy import save_toy
 
 # Of every method that is no matter of attention and MLP blocks, its first small settings.
-REGISTERED = [cls(**cls.small[0]) for cls in registry.methods().values()]
+REGISTERED = [cls(**cls.small[0]) for cls in registry.methods().values() if "linear" in cls.kinds]
 REGISTERED = [method for method in REGISTERED if not method.roles_from()]
 SPARSE = (
     *(method for method in REGISTERED if isinstance(method, Sparse)),

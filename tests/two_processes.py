@@ -38,7 +38,11 @@ METHODS: dict[str, ia.Method] = {
     "ranks as experts": methods.Smora(rank=6, active=2),  # whose balance counts over all processes
 }
 # Every method at its first quick setting, whatever has been added since.
-EVERY = {name: registry.build({"name": name} | dict(kind.small[0])) for name, kind in registry.methods().items()}
+EVERY = {
+    name: registry.build({"name": name} | dict(kind.small[0]))
+    for name, kind in registry.methods().items()
+    if "linear" in kind.kinds  # not those before the tokens, which shard() refuses
+}
 STORED_OTHERWISE, TARGETS = "tiles of weights stored otherwise", ["c_attn", "c_fc", "wte"]
 LIVE: dict[str, ia.Method] = {
     "elements": ia.Shira(density=0.05),

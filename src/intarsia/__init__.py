@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from intarsia.deck import Deck
     from intarsia.distributed import load_checkpoint, replicate, save_checkpoint, shard
     from intarsia.method import Method
-    from intarsia.methods import Dora, Lora, Paca, S2ft, Shira
+    from intarsia.methods import Dora, Lora, Paca, Prefix, Prompt, S2ft, Shira
     from intarsia.model import (
         activate,
         active_names,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from intarsia.ticket import lottery
 
 __all__ = [
-    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
+    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "Prefix", "Prompt", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
     "load_adapter_state", "load_checkpoint", "lottery", "optim", "read", "register", "registry", "regrow", "replicate", "rows", "save",
     "save_checkpoint", "scorer", "shard", "sync",
@@ -47,7 +47,7 @@ __all__ = [
 
 _PLACES = {
     "Adapter": "store", "Deck": "deck", "Dora": "methods", "Lora": "methods", "Method": "method", "Paca": "methods",
-    "S2ft": "methods", "Shira": "methods", "activate": "model", "active_names": "model", "adapter_state": "model",
+    "Prefix": "methods", "Prompt": "methods", "S2ft": "methods", "Shira": "methods", "activate": "model", "active_names": "model", "adapter_state": "model",
     "attach": "model", "attached_names": "model", "detach": "model", "digest": "model", "export": "model", "load": "model",
     "load_adapter_state": "model", "load_checkpoint": "distributed", "lottery": "ticket", "read": "store",
     "register": "registry", "regrow": "schedule", "replicate": "distributed", "rows": "model", "save": "model",

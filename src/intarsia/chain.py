@@ -5,7 +5,8 @@ A layer is adapted by swapping its class in place, so base keys, ``isinstance``,
 computes with the same adapters, and what they learn sums over both. Where the lowest active adapter is sparse it is *live*: its values stand in the
 base weight itself, and the base's bits are kept aside. They are written after every optimizer step (a hook), never in a
 forward; a forward whose weight is out of date is an error, not a wrong answer. A packed weight (NF4, int8) cannot hold
-values: they are set into what every forward reads of it.
+values: they are set into what every forward reads of it. At a decoder no weight changes: its forward is given what stands before the
+tokens.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from intarsia import processes
 from intarsia.bases import Packing, packing_of
-from intarsia.edits import Seen
+from intarsia.edits import Ahead, Call, Rows, Seen, run
 from intarsia.errors import IntarsiaError
 from intarsia.forms import Sparse
 from intarsia.method import Method
-from intarsia.operators import LINEAR, STACK, Bare, Operator, operator_of
-from intarsia.site import Site
+from intarsia.operators import DECODER, LINEAR, STACK, Bare, Operator, takes
+from intarsia.site import Site, operator_for, weight_of
 from intarsia.support import Granularity
 
 _ADAPTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every adapted layer alive, for the optimizer hook
@@ -168,6 +169,7 @@ class OnChain:
     """What every layer with a chain has besides what its base class has. Mixed in by :func:`adapted`."""
 
     base_class: type[nn.Module]  # what it was before
+    role: type  # which of the classes below is on top of that
     operator: Operator  # what it does with the weight
     packing: Packing  # how the weight is stored
     base_forward: Any
@@ -186,11 +188,7 @@ class OnChain:
 
     def _forward_rows(self, x: Tensor) -> Tensor:
         leading = self.leading
-        if x.shape[0] != leading.row_count:
-            raise IntarsiaError(
-                f"rows() was given {leading.row_count} adapters, and this layer meets {x.shape[0]} rows; "
-                "per-row adapters need the batch as the first dimension in every adapted layer"
-            )
+        _check_rows(leading, x)
         assert leading.rows is not None
         y: Tensor | None = None
         for names, index in leading.rows:
@@ -200,6 +198,17 @@ class OnChain:
             y = y.index_copy(0, index, part)
         assert y is not None
         return y
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return revive, (self.base_class, self.role), self.__dict__
+
+
+def _check_rows(leading: Any, x: Tensor) -> None:
+    if x.shape[0] != leading.row_count:
+        raise IntarsiaError(
+            f"rows() was given {leading.row_count} adapters, and this layer meets {x.shape[0]} rows; "
+            "per-row adapters need the batch as the first dimension in every adapted layer"
+        )
 
 
 class Owner:
@@ -278,9 +287,6 @@ class Partner(OnChain):
     def leading(self) -> Adapted:
         return self.leader[0]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return revive, (self.base_class, Partner), self.__dict__
-
 
 class Adapted(OnChain):
     """A layer with adapters."""
@@ -298,9 +304,6 @@ class Adapted(OnChain):
     @property
     def leading(self) -> Adapted:
         return self
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return revive, (self.base_class, Adapted), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -326,6 +329,48 @@ class Adapted(OnChain):
             self.kept = self.kept.to(self.weight.device, self.weight.dtype)  # type: ignore[attr-defined]
             write(self)
         return out
+
+
+class Decoding:
+    """What a decoder has on top of its class, whoever puts something before its tokens."""
+
+    base_class: type[nn.Module]
+    takes: tuple[str, ...]  # names of what its forward is given, in order
+
+    def run(self, operator: Any, rows: Rows, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """The base's forward of what was given in order and by name, with something before the tokens of some rows."""
+        own = self.base_class.forward
+        return run(self, operator, own, {**dict(zip(self.takes, given, strict=False)), **named}, rows)  # type: ignore[arg-type]
+
+
+class AdaptedDecoder(Decoding, Adapted):
+    """A decoder with adapters, which put something before its tokens. Its weight is that of its embedding, and stays as it is."""
+
+    bias = None
+
+    @property
+    def weight(self) -> Tensor:
+        """What the state's numbers are like, in type and place."""
+        return self.get_input_embeddings().weight  # type: ignore[attr-defined, no-any-return]
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        if self.rows is not None:
+            given, named = (), {**dict(zip(self.takes, given, strict=False)), **named}
+            ids = named.get("input_ids")
+            _check_rows(self, named["inputs_embeds"] if ids is None else ids)
+        rows = ((self.active, None),) if self.rows is None else self.rows
+        ahead = [(self._ahead([self.adapters[n] for n in names if n in self.adapters]), index) for names, index in rows]  # type: ignore[misc]
+        return self.run(self.operator, ahead, given, named)
+
+    def _ahead(self, states: Sequence[State]) -> tuple[Ahead, ...]:
+        call = Call()
+        for state in reversed(states):
+            call = state.method.forward(state.cast(self.weight.dtype), call, _as_it_is)  # type: ignore[arg-type, assignment]
+        return call.ahead
+
+
+def _as_it_is(call: Any) -> Any:
+    return call
 
 
 @dataclass(frozen=True)
@@ -365,7 +410,11 @@ def adapted(cls: type[nn.Module], role: type = Adapted) -> type[nn.Module]:
     def base_forward(self: Any, x: Tensor) -> Tensor:
         return cls.forward(self, x)  # type: ignore[no-any-return]
 
-    own = {"base_forward": base_forward, "base_class": cls}
+    own: dict[str, Any] = {"base_forward": base_forward, "base_class": cls, "role": role}
+    if issubclass(role, Decoding):
+        # transformers knows by the text of a class what of its models can be recorded (output_hidden_states).
+        made_as: Any = cls
+        own |= {"takes": takes(made_as), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     _CLASSES[role, cls] = type(f"{role.__name__}{cls.__name__}", (role, cls), own)
     return _CLASSES[role, cls]
 
@@ -374,7 +423,7 @@ def revive(cls: type[nn.Module], role: type) -> nn.Module:
     """A layer of the class that :func:`adapted` makes, without its attributes: what pickle and deepcopy begin with."""
     new = adapted(cls, role)
     layer: nn.Module = new.__new__(new)
-    if role is Adapted:
+    if issubclass(role, Adapted):
         _ADAPTED.add(layer)
     return layer
 
@@ -383,7 +432,7 @@ def revive(cls: type[nn.Module], role: type) -> nn.Module:
 def put_on(layer: Any, name: str, state: State, partners: Sequence[tuple[Any, Operator]] = ()) -> None:
     """Add an adapter to a layer, inactive. Swaps the class of the layer and of its partners when it is the first."""
     if not isinstance(layer, Adapted):
-        layer.__class__ = adapted(type(layer))
+        layer.__class__ = adapted(type(layer), AdaptedDecoder if state.operator.kind == DECODER else Adapted)
         layer.adapters, layer.operator = nn.ModuleDict(), state.operator
         layer.active, layer.live, layer.kept, layer.rows = (), None, None, None
         layer.row_count, layer.written, layer.shard = 0, (0, 0), None
@@ -542,9 +591,9 @@ def base_weight(layer: Any) -> Tensor:
     if not packing.in_place:
         return packing.read(layer.weight, packing.dtype(layer.weight))
     if not isinstance(layer, OnChain):
-        operator = operator_of(layer)
+        operator = operator_for(layer)
         assert isinstance(operator, Operator)
-        return operator.matrix(layer.weight)
+        return operator.matrix(weight_of(layer))
     weight, leading = matrix(layer), layer.leading
     if leading.live is None:
         return weight

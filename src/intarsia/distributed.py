@@ -32,7 +32,7 @@ from intarsia import chain, processes
 from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.model import activate, active_names, adapter_state, load_adapter_state, record
-from intarsia.operators import STACK
+from intarsia.operators import DECODER, STACK
 from intarsia.store import tensor_digest
 
 
@@ -74,6 +74,11 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
         raise IntarsiaError(
             f"{stacks[0]} is a stack of matrices, which FSDP2 deals out by matrices and an adapter here cannot follow; "
             "call intarsia.replicate(model)"
+        )
+    if decoders := [name for name, layer in layers.items() if layer.operator.kind == DECODER]:
+        raise IntarsiaError(
+            f"{decoders[0]} has something before its tokens, which is computed with no weight that FSDP2 would gather for it; call "
+            "intarsia.replicate(model)"
         )
     ours = {p: None for layer in layers.values() for p in layer.adapters.parameters()}
     active = active_names(model)

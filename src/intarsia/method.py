@@ -119,6 +119,7 @@ class Method(Named, ABC):
     watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward: p.seen
     avoids: ClassVar[bool] = False  # whether its support can leave out what other adapters change (Site.avoid)
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})  # of layers where it can sit: intarsia.operators.KINDS
+    default_targets: ClassVar[str] = "all-linear"  # the target that the default stands for: see intarsia.site
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()  # names of trained tensors (up, down) whose product acts: B, A
     allots: ClassVar[str] = ""  # what ``reallocate`` deals out among the sites: entries, ranks
     small: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # quick settings that the contract runs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from intarsia import chain, disjoint, families, processes, registry, store
 from intarsia.bases import LOAD_IN, differentiable, keep_bits, packing_of
 from intarsia.calibrate import GATHERED, OF_BACKWARD, ON_CPU, Loss, Mapped, Progress, gather
-from intarsia.edits import SITS_AT, Seen
+from intarsia.edits import Seen
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method, Start
 from intarsia.operators import PLAIN, STACK
@@ -27,6 +27,7 @@ from intarsia.site import (
     Site,
     adaptable_layers,
     editable,
+    every_layer,
     find_sites,
     layer_at,
     layer_of,
@@ -35,6 +36,7 @@ from intarsia.site import (
     site_at,
     unfit,
     weight_name,
+    weight_of,
 )
 
 
@@ -86,7 +88,7 @@ def attach(
     """Freeze the base, put one adapter on every targeted layer, and make it the only active one. In place.
 
     Args:
-        targets: see :mod:`intarsia.site`; every pattern must match something.
+        targets: see :mod:`intarsia.site`; every pattern must match something. The default is ``method.default_targets``.
         avoid: adapters of this base (folders, or :class:`intarsia.Adapter`) whose entries this one leaves alone, so that
             fusing them keeps the values of each to the bit. For methods that choose a support.
         data: calibration batches for methods that choose by gradients or inputs (``method.needs()``): mappings of the
@@ -106,7 +108,7 @@ def attach(
     _free(model)
     _check_name(model, name)
     targets, exclude = _patterns(targets), _patterns(exclude)
-    targeted = find_sites(model, targets, exclude)
+    targeted = find_sites(model, targets, exclude, method.default_targets)
     others = _to_avoid(model, method, avoid)
     if "movement" in method.needs() and gathered is None:
         raise IntarsiaError(
@@ -179,7 +181,7 @@ def plan(
             adapter to avoid that is of another base or leaves too little.
     """
     others = _to_avoid(model, method, avoid)
-    sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude)))
+    sites = _beside(model, others, _taken(model, method, find_sites(model, targets, exclude, method.default_targets)))
     found, shared = {}, set()
     for name, here in _planned(method, sites, 0).items():
         shape = sites[name].shape
@@ -649,7 +651,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, any_b
     attached = _made(adapter, str(folder))
     method = attached.method
     check_fits(model, adapter, str(folder), None if any_base else digest(model))
-    names = [n for n in adaptable_layers(model) if weight_name(model, n) in adapter.edits]
+    names = [n for n in every_layer(model) if weight_name(model, n) in adapter.edits]
     with _base_bits(model):
         sites = {n: site_at(model, n) for n in names}
         made = {}
@@ -708,9 +710,10 @@ def check_fits(
             faults.append(f"{name}: {operator}")
         elif (found := _shape_at(model, name)) != tuple(edit.shape):
             faults.append(f"{name}: the adapter edits {tuple(edit.shape)}, the model has {found}")
-        elif edit.inserts() and operator.kind not in SITS_AT:
+        elif wrong := [insert for _, insert in edit.inserts() if operator.kind not in insert.sits_at]:
             faults.append(
-                f"{name}: an insert acts beside layers of the kind {', '.join(SITS_AT)}; this one is of the kind {operator.kind}"
+                f"{name}: an insert ({wrong[0].inserted.what}) acts at layers of the kind {', '.join(wrong[0].sits_at)}; this one is of "
+                f"the kind {operator.kind}"
             )
         elif (said := layouts.get(name, PLAIN) if isinstance(layouts, Mapping) else "?") != operator.layout:
             faults.append(f"{name}: the adapter edits a weight stored {said}, the model stores it {operator.layout}")
@@ -815,7 +818,7 @@ def _only(model: nn.Module) -> str:
 
 
 def _dtype(model: nn.Module, weights: Iterable[str]) -> str:
-    weight = model.get_parameter(next(iter(weights)))
+    weight = weight_of(layer_at(model, layer_of(next(iter(weights)))))
     return packing_of(weight).name(weight)
 
 

@@ -13,13 +13,18 @@ a few functions a kind, so that nothing else asks what kind a layer is:
     |             | an embedding's weight       |                  |                      | the other way round         |
     | stack       | a bare parameter (E, O, I)  | (E, O, I)        | (E O, I)             | the module's own affair     |
     |             | or (E, I, O), as of experts | (E, I, O)        | (O, E I)             | the module's own affair     |
+    | decoder     | a module that turns tokens' | its embedding's  | transposed, read and | the module's own affair     |
+    |             | embeddings into states      |                  | never written        |                             |
     | bias        | the bias of any of these    | (O,)             | (O, 1)               | its layer's                 |
 
-The matrix is a view: writing into it writes the stored weight.
+The matrix is a view: writing into it writes the stored weight. Of a decoder, as of LlamaModel, no weight is changed: something stands
+before its tokens. Its (O, I) are the width of a token's embedding and the numbers that a token leaves in the cache.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 PLAIN = "out-in"  # the layout of most weights; a file names only others
 KINDS = ("linear", "convolution", "embedding", "tied")
 STACK = "stack"  # where no forward of ours runs: for what is set in alone
+DECODER = "decoder"  # where no weight is changed: for what stands before the tokens
 ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and parameters (E, ., .) of a module"
 
 
@@ -70,6 +76,10 @@ class Operator(ABC):
         """Two small inputs to try a layer with, the same every time."""
         numbers = torch.linspace(-1, 1, 2 * self.matrix(weight).shape[1], device=weight.device)
         return numbers.view(2, -1).to(weight.dtype)
+
+    def size(self, matrix: tuple[int, int]) -> tuple[int, int]:
+        """The (O, I) of a site whose matrix has this shape."""
+        return matrix
 
     @abstractmethod
     def product(self, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
@@ -324,6 +334,26 @@ class Bias(Written):
 BIAS = Bias()
 
 
+@dataclass(frozen=True)
+class Decoder(Written):
+    """A module from embeddings to hidden states. Its matrix is that of its own embedding, one column for each token."""
+
+    kind = DECODER
+    transposed: bool = True
+    layers: int = 0  # that cache keys and values; 0: none does, as in an encoder
+    heads: int = 0  # of keys and values
+    width: int = 0  # of one head
+    counted: bool = False  # whether it can be given the tokens' positions, the first of which is 0
+    embed_scale: float = 1.0  # that the embedding itself multiplies its rows by
+
+    @property
+    def layout(self) -> str:
+        return PLAIN  # a file says nothing of a weight that it does not change
+
+    def size(self, matrix: tuple[int, int]) -> tuple[int, int]:
+        return matrix[0], 2 * self.layers * self.heads * self.width
+
+
 class Bare(nn.Module):
     """A parameter that its module reads by itself, seen as a layer: it stands in the module's tree under the same name."""
 
@@ -381,3 +411,57 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Operator | str:
         dilation=tuple(layer.dilation),
         groups=layer.groups,
     )
+
+
+# ------------------------------------------------------------------ decoders
+@functools.cache
+def takes(cls: Any) -> tuple[str, ...]:
+    """The names of what the forward of a class of modules is given, in order."""
+    try:
+        return tuple(inspect.signature(cls.forward).parameters)[1:]
+    except (AttributeError, TypeError, ValueError):  # a module of another kind, as of TorchScript
+        return ()
+
+
+def _own_class(module: nn.Module) -> Any:
+    """What the module was made as, whatever is on top of it now."""
+    return getattr(type(module), "base_class", type(module))
+
+
+def embedding_of(module: nn.Module) -> nn.Embedding | None:
+    """The embedding of tokens of a module that could as well be given embeddings; None: it is no such module."""
+    if "inputs_embeds" not in takes(_own_class(module)):
+        return None
+    try:
+        found = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def decoder_of(module: nn.Module) -> Decoder | str | None:
+    """How a module turns embeddings into hidden states; a text: why nothing can stand before its tokens; None: it does not.
+
+    Of several such modules within one another, as a language model with its head, it is the innermost.
+    """
+    embedding = embedding_of(module)
+    if embedding is None or any(inner is not module and embedding_of(inner) is not None for inner in module.modules()):
+        return None
+    config = getattr(module, "config", None)
+    if config is None:
+        return f"a {type(module).__name__} without a config, which says how many layers and heads it has"
+    if getattr(config, "is_encoder_decoder", False):
+        return "what stands before the tokens of an encoder with a decoder is not computed here"
+    names = takes(_own_class(module))
+    if "per_layer_inputs" in names:
+        return "its layers read embeddings of their own, which a token that is no word does not have"
+    scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None) or 1.0))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    known = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+    causal = any(
+        getattr(inner, "is_causal", False) for inner in module.modules()
+    )  # an encoder looks both ways, and caches nothing
+    if not causal or not known:
+        return Decoder(embed_scale=scale, counted=causal and "position_ids" in names)
+    return Decoder(True, config.num_hidden_layers, heads, width, "position_ids" in names, scale)

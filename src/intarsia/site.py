@@ -3,6 +3,9 @@
 A target is ``"all-linear"`` (every Linear, transformers' Conv1D among them, but the output head), a glob on the dotted
 name (``"*.q_proj"``), a last part alone (``"q_proj"``, ``"embed_tokens"``), or a regular expression behind ``re:``
 (``"re:layers\\.[0-3]\\..*_proj"``). Which layers can be named, and how each sees its weight: :mod:`intarsia.operators`.
+
+A module that turns embeddings into hidden states is named by ``"decoder"``, or by its own whole name; no other pattern matches it.
+A method that sits there takes ``"all-linear"``, the default, for ``"decoder"`` (``Method.default_targets``).
 """
 
 from __future__ import annotations
@@ -19,7 +22,20 @@ from torch import Tensor, nn
 from intarsia import processes
 from intarsia.bases import packing_of
 from intarsia.errors import IntarsiaError, nearest
-from intarsia.operators import ADAPTABLE, BIAS, LINEAR, Bare, Embedding, Linear, Operator, Tied, operator_of
+from intarsia.operators import (
+    ADAPTABLE,
+    BIAS,
+    DECODER,
+    LINEAR,
+    Bare,
+    Embedding,
+    Linear,
+    Operator,
+    Tied,
+    decoder_of,
+    embedding_of,
+    operator_of,
+)
 from intarsia.role import Role
 
 ALL_LINEAR = "all-linear"
@@ -61,7 +77,7 @@ class Site:
         """(out_features, in_features)."""
         packing = packing_of(self.stored)
         rows, columns = self.weight.shape if packing.in_place else packing.shape(self.stored)
-        return rows, columns
+        return self.operator.size((rows, columns))
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, Any]:
@@ -80,6 +96,27 @@ def adaptable_layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def decoders(model: nn.Module) -> dict[str, Any]:
+    """Every module that turns embeddings of tokens into hidden states, by dotted name."""
+    return {name: module for name, module in model.named_modules() if decoder_of(module) is not None}
+
+
+def every_layer(model: nn.Module) -> dict[str, Any]:
+    """Every layer and module where an adapter may sit, by dotted name."""
+    return adaptable_layers(model) | decoders(model)
+
+
+def operator_for(layer: nn.Module) -> Operator | str | None:
+    """What an adaptable layer does with its weight, or how a decoder uses its embedding's; a text: why it cannot be adapted."""
+    return operator_of(layer) or decoder_of(layer)
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a layer as it is stored; of a decoder, that of its embedding."""
+    embedding = embedding_of(layer)
+    return layer.weight if embedding is None else embedding.weight
+
+
 def layer_at(model: nn.Module, name: str) -> Any:
     """The layer of that dotted name, or the parameter of that name as a layer."""
     above, _, last = name.rpartition(".")
@@ -90,8 +127,9 @@ def layer_at(model: nn.Module, name: str) -> Any:
 
 
 def weight_name(model: nn.Module, name: str) -> str:
-    """The name of a site's weight in the model: ``<layer>.weight``, or the parameter's own."""
-    return name if isinstance(layer_at(model, name), Bare) else f"{name}.weight"
+    """The name of a site's weight in the model: ``<layer>.weight``, or the parameter's own; of a decoder, its own name."""
+    layer = layer_at(model, name)
+    return name if isinstance(layer, Bare) or embedding_of(layer) is not None else f"{name}.weight"
 
 
 def layer_of(parameter: str) -> str:
@@ -101,7 +139,7 @@ def layer_of(parameter: str) -> str:
 
 def editable(model: nn.Module) -> dict[str, Operator | str]:
     """Everything that an edit may change, by its name in the model, and what is done with it, or why it cannot be changed: the
-    weights that can be adapted, and the biases of their layers."""
+    weights that can be adapted, the biases of their layers, and the decoders, before whose tokens something may stand."""
     found: dict[str, Operator | str] = {}
     for name, layer in adaptable_layers(model).items():
         operator = operator_of(layer)
@@ -109,12 +147,16 @@ def editable(model: nn.Module) -> dict[str, Operator | str]:
         found[weight_name(model, name)] = operator
         if getattr(layer, "bias", None) is not None and not isinstance(operator, str):
             found[f"{name}.bias"] = BIAS
+    for name, module in decoders(model).items():
+        operator = decoder_of(module)
+        assert operator is not None
+        found[name] = operator
     return found
 
 
 def operator_at(model: nn.Module, parameter: str) -> Operator:
     """What is done with a weight or a bias, named as in the model, that can be edited."""
-    operator = operator_of(layer_at(model, layer_of(parameter)))
+    operator = operator_for(layer_at(model, layer_of(parameter)))
     assert isinstance(operator, Operator)
     return BIAS if parameter.endswith(".bias") else operator
 
@@ -130,25 +172,28 @@ def matrix_at(model: nn.Module, parameter: str) -> Tensor:
 def site_at(model: nn.Module, name: str) -> Site:
     """The site of a layer that :func:`unfit` has nothing against."""
     layer = layer_at(model, name)
-    operator = operator_of(layer)
+    operator = operator_for(layer)
     assert isinstance(operator, Operator)
     bias = getattr(layer, "bias", None)
-    return Site(name, layer.weight, bias, (), operator, tuple(partners(model, name)))
+    return Site(name, weight_of(layer), bias, (), operator, tuple(partners(model, name)))
 
 
-def find_sites(model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = ()) -> dict[str, Site]:
-    """The sites that the targets name and the exclusions leave, in the model's order.
+def find_sites(
+    model: nn.Module, targets: str | Iterable[str], exclude: str | Iterable[str] = (), usual: str = ALL_LINEAR
+) -> dict[str, Site]:
+    """The sites that the targets name and the exclusions leave, in the model's order. ``usual``: what "all-linear" is to mean.
 
     Raises:
         IntarsiaError: for every target or exclusion that matches nothing (all at once, with the nearest names), when
             nothing is left, or when a weight cannot be adapted (tied, not a plain contiguous tensor of floats).
     """
-    layers = adaptable_layers(model)
+    layers = every_layer(model)
     if not layers:
         raise IntarsiaError(
             f"{type(model).__name__} has no layer that can be adapted, so there is nothing to do; these can be: {ADAPTABLE}"
         )
-    wanted, faults = _matches(model, layers, _as_list(targets), "target")
+    targeted = [usual if pattern == ALL_LINEAR else pattern for pattern in _as_list(targets)]
+    wanted, faults = _matches(model, layers, targeted, "target")
     unwanted, more = _matches(model, layers, _as_list(exclude), "exclude")
     faults += more
     if not _as_list(targets):
@@ -174,21 +219,26 @@ def _matches(
 ) -> tuple[set[str], list[str]]:
     found: set[str] = set()
     faults = []
+    apart = {name for name, layer in layers.items() if operator_of(layer) is None}
+    named = {name: layer for name, layer in layers.items() if name not in apart}
     for pattern in patterns:
+        if pattern == DECODER and apart:
+            found |= apart
+            continue
         if pattern == ALL_LINEAR:
             head = _output_head(model)
             linear = {n for n, layer in layers.items() if layer is not head and isinstance(operator_of(layer), Linear)}
             if not linear:
-                faults.append(f"{kind} {pattern!r} matches nothing: the model has no Linear; {_there_are(layers)}")
+                faults.append(f"{kind} {pattern!r} matches nothing: the model has no Linear; {_there_are(named)}")
             found |= linear
             continue
         try:
-            hits = {name for name in layers if _match(name, pattern)}
+            hits = {name for name in layers if name == pattern or (name not in apart and _match(name, pattern))}
         except re.error as error:
             faults.append(f"{kind} {pattern!r} is not a regular expression: {error}")
             continue
         if not hits:
-            faults.append(_no_match(model, layers, pattern, kind))
+            faults.append(_no_match(model, layers, len(named), pattern, kind))
         found |= hits
     return found, faults
 
@@ -199,7 +249,12 @@ def _match(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatchcase(name, pattern)
 
 
-def _no_match(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str, kind: str) -> str:
+def _no_match(model: nn.Module, layers: Mapping[str, nn.Module], count: int, pattern: str, kind: str) -> str:
+    if pattern == DECODER:
+        return (
+            f"{kind} {pattern!r} matches nothing: the model has no module that could be given inputs_embeds instead of the tokens of "
+            "an embedding of its own, as LlamaModel"
+        )
     other = next((n for n, m in model.named_modules() if n and _match(n, pattern) and not any(m.children())), None)
     if other is not None:
         what = type(model.get_submodule(other)).__name__
@@ -210,7 +265,7 @@ def _no_match(model: nn.Module, layers: Mapping[str, nn.Module], pattern: str, k
     near = nearest(last, parts)
     for part in re.findall(r"'([^']+)'", near):
         near = near.replace(f"'{part}'", f"'{part}' ({parts[part]})") if part in parts else near
-    return f"{kind} {pattern!r} matches none of the {len(layers)} layers that can be adapted; {near}"
+    return f"{kind} {pattern!r} matches none of the {count} layers that can be adapted; {near}"
 
 
 def _there_are(layers: Mapping[str, nn.Module]) -> str:
@@ -249,10 +304,13 @@ def unfit(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     sharded = processes.is_sharded(model)
     for name in chosen:
         layer = layer_at(model, name)
-        if sharded or processes.is_shard(layer.weight):
+        if sharded or processes.is_shard(weight_of(layer)):
             faults.append(
                 f"{name}: its weight is sharded over processes already; attach or load first, then call intarsia.shard(model)"
             )
+            continue
+        if operator_of(layer) is None:
+            faults += _unfit_decoder(name, layer)
             continue
         tied = [n for n in owners.get(id(layer.weight), []) if n != weight_name(model, name)]
         fault = _unfit(model, name, layer, tied)
@@ -264,6 +322,24 @@ def unfit(model: nn.Module, chosen: Iterable[str]) -> list[str]:
             if fault is not None:
                 faults.append(f"{name}: its weight is tied to {other}.weight, and {fault}")
     return faults
+
+
+def _unfit_decoder(name: str, layer: Any) -> list[str]:
+    operator = decoder_of(layer)
+    if not name:
+        return [
+            f"the model is a single {type(layer).__name__}; put it into a module, such as nn.Sequential, so that it has a name"
+        ]
+    if isinstance(operator, str):
+        return [f"{name}: {operator}; name other layers"]
+    if "forward" in vars(layer):
+        return [
+            f"{name}: something replaced its forward (a device hook of accelerate?), so an adapter would not be called; "
+            "load the model without device_map, or remove the hooks first"
+        ]
+    if weight_of(layer).is_meta:
+        return [f"{name}: the weights are on the meta device; load the base before attaching an adapter"]
+    return []
 
 
 def _unfit(model: nn.Module, name: str, layer: Any, tied: Sequence[str]) -> str | None:

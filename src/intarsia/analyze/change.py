@@ -108,6 +108,7 @@ class WeightChange:
     rounding: Rounding | None
     changes_weight: bool = True  # False where all of it is inserted beside the layer; then there is no norm
     multiplications: int = 0  # for every token, by what is inserted
+    positions: int = 0  # that it takes before the tokens
 
     @property
     def relative(self) -> float | None:
@@ -135,6 +136,7 @@ class Group:
     invisible_share: float | None  # of the changed entries
     rounding_error: float | None  # ||lost|| / ||change||
     multiplications: int = 0  # for every token, by what is inserted beside the layers
+    positions: int = 0  # that it takes before the tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -172,6 +174,7 @@ def _sum(name: str, of: Sequence[WeightChange]) -> Group:
         invisible_share=(sum(r.invisible for r in lost) / changed if changed else 0.0) if whole else None,
         rounding_error=(errors / norm if norm else 0.0) if whole else None,
         multiplications=sum(c.multiplications for c in of),
+        positions=sum(c.positions for c in of),
     )
 
 
@@ -207,7 +210,8 @@ def weight_changes(
     """
     rows = []
     for done, (name, edit) in enumerate(adapter.edits.items(), 1):
-        weight = None if weights is None else base_weight(weights, name, edit)
+        ahead = any(insert.count for _, insert in edit.inserts())  # of a decoder, which has no weight of its own
+        weight = None if weights is None or ahead else base_weight(weights, name, edit)
         rows.append(_weight_change(name, edit, weight))
         if progress:
             progress(done, len(adapter.edits), "measuring the change")
@@ -237,7 +241,8 @@ def _weight_change(name: str, edit: Edit, weight: Tensor | None) -> WeightChange
         weight_norm=None if weight is None else float(weight.double().norm()),
         rounding=None if weight is None or within is None else rounding(within, weight, name),
         changes_weight=within is not None,
-        multiplications=sum(one.inserted.multiplications for _, one in edit.inserts()),
+        multiplications=sum(one.multiplications for _, one in edit.inserts()),
+        positions=sum(one.count for _, one in edit.inserts()),
     )
 
 
@@ -270,7 +275,9 @@ def spectra(
     for done, name in enumerate(names, 1):
         edit = adapter.edits[name].in_weight()
         if edit is None:
-            raise IntarsiaError(f"{name}: what is inserted beside a layer changes no weight, so it has no spectrum")
+            raise IntarsiaError(
+                f"{name}: what is inserted beside a layer, or before the tokens, changes no weight, so it has no spectrum"
+            )
         s = spectrum(edit, None if weights is None else base_weight(weights, name, edit))
         shares = {k: energy_share(s, k) for k in TOP if k <= len(s)}
         ranks = effective_rank(s), stable_rank(s), numerical_rank(s), rankme(s)

@@ -152,12 +152,14 @@ class Session:
         out.print(f"[dim]{how}/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.[/]")
 
     def _about(self, name: str) -> str:
+        from intarsia.edits import where
         from intarsia.train.progress import size
 
         adapter = self.deck[name]
-        method, share, beside = adapter.method.get("name", "?"), adapter.touched / adapter.size, len(adapter.inserts)
-        what = [f"{share:.2%} of {len(adapter.edits)} weights"] if adapter.touched or not beside else []
-        what += [f"inserts beside {beside} layers"] if beside else []
+        method, inserts = adapter.method.get("name", "?"), adapter.inserts
+        changes = adapter.touched or not inserts
+        what = [f"{adapter.share:.2%} of {len(adapter.edits)} weights"] if changes else []
+        what += [f"inserts {where(inserts)}"] if inserts else []
         return f"{method}, {', '.join(what)}, {size(adapter.bytes)}"
 
     def _wide(self) -> int:

@@ -72,7 +72,9 @@ def show(
         measured = _sizes(found, progress) if sizes else []
     changed = [change for change in changes if change.changes_weight]
     if plot is not None and not changed:
-        raise IntarsiaError("--plot draws what an adapter changes of weights, and this one only acts beside layers")
+        raise IntarsiaError(
+            "--plot draws what an adapter changes of weights, and this one changes none: it acts beside layers or before the tokens"
+        )
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if plot is not None:
         title = f"{found.name}: {found.method.get('name', '?')}"
@@ -195,6 +197,7 @@ def _print_facts(
     from rich.markup import escape
     from rich.table import Table
 
+    from intarsia.edits import where
     from intarsia.train.progress import size
 
     method = dict(adapter.method)
@@ -202,7 +205,7 @@ def _print_facts(
     shown = {
         "folder": f"{folder}: " + ", ".join(f"{name} {size(count)}" for name, count in files.items()),
         "method": f"{kind}  " + " ".join(f"{k}={_short(v)}" for k, v in method.items()),
-        "changes": f"{adapter.touched:,} of {adapter.size:,} entries ({adapter.touched / adapter.size:.2%}) "
+        "changes": f"{adapter.touched:,} of {adapter.size:,} entries ({adapter.share:.2%}) "
         f"of {len(adapter.edits)} weights",
         "numbers": size(adapter.bytes),
         "base": f"{adapter.base.source or 'not named'}, {adapter.base.dtype}, sha256 {adapter.base.digest[:16]}",
@@ -214,7 +217,7 @@ def _print_facts(
     if adapter.inserts:
         kinds = ", ".join(dict.fromkeys(one.inserted.what for many in adapter.inserts.values() for one in many))
         shown["inserts"] = (
-            f"{kinds} beside {len(adapter.inserts)} layers, {adapter.multiplications:,} multiplications for every token"
+            f"{kinds} {where(adapter.inserts)}, {adapter.multiplications:,} multiplications for every token"
         )
     if whole.touched == 0 and adapter.inserts:
         del shown["changes"], shown["invisible"]
@@ -275,14 +278,16 @@ def _print_modules(out: Console, groups: Sequence[Group], based: bool) -> None:
     for g in groups:
         shapes = " or ".join(f"{rows} x {columns}" for rows, columns in g.shapes[:2])
         row = [g.name, str(g.weights), shapes + (" ..." if len(g.shapes) > 2 else ""), f"{g.touched:,}"]
-        row += [f"{g.touched / g.size:.2%}", _unknown(g) if g.norm is None else f"{g.norm:.4g}"]
+        row += [f"{g.touched / max(g.size, 1):.2%}", _unknown(g) if g.norm is None else f"{g.norm:.4g}"]
         row += [_percent(g.relative), _percent(g.invisible_share)] if based else []
         table.add_row(*row, ", ".join(g.edits))
     out.print(table)
 
 
 def _unknown(group: Group) -> str:
-    return "beside the layer" if group.multiplications and not group.touched else "needs --model"
+    if group.touched or not group.multiplications:
+        return "needs --model"
+    return "before the tokens" if group.positions else "beside the layer"
 
 
 def _percent(share: float | None) -> str:

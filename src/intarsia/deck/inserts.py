@@ -16,17 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from intarsia import chain
-from intarsia.edits import Insert, Seen
+from intarsia.edits import Ahead, Insert, Seen
 from intarsia.errors import IntarsiaError
+from intarsia.operators import DECODER, LINEAR, Operator
+from intarsia.site import operator_for, weight_of
 
 HELD = "_intarsia_inserts"  # the layer's attribute
 
 
 @dataclass(frozen=True, eq=False)
 class Together:
-    """The inserts beside one layer, their factors multiplied in. Each reads the layer's own x and y."""
+    """The inserts beside one layer, their factors multiplied in. Each reads the layer's own x and y; at a decoder they stand before
+
+    its tokens, one behind another."""
 
     inserts: tuple[Insert, ...]
+    operator: Operator = LINEAR  # of the layer
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """(..., I), (..., O) -> (..., O)."""
@@ -36,9 +41,14 @@ class Together:
         return total
 
     @property
+    def ahead(self) -> tuple[Ahead, ...]:
+        """What stands before the tokens."""
+        return tuple(one.inserted for one in self.inserts if isinstance(one.inserted, Ahead))
+
+    @property
     def multiplications(self) -> int:
         """Of numbers, for one token."""
-        return sum(insert.inserted.multiplications for insert in self.inserts)
+        return sum(insert.multiplications for insert in self.inserts)
 
     @property
     def bytes(self) -> int:
@@ -50,6 +60,7 @@ class Beside:
     """A layer with inserts. Mixed in by :func:`intarsia.chain.adapted`."""
 
     base_class: type[nn.Module]
+    role: type
     base_forward: Any
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear
@@ -58,7 +69,16 @@ class Beside:
         return y if together is None else together(input, y)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return chain.revive, (self.base_class, Beside), self.__dict__
+        return chain.revive, (self.base_class, self.role), self.__dict__
+
+
+class BesideDecoder(chain.Decoding, Beside):
+    """A decoder with something before its tokens."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        together: Together | None = getattr(self, HELD, None)
+        ahead = () if together is None else together.ahead
+        return self.run(LINEAR if together is None else together.operator, ((ahead, None),), given, named)
 
 
 Terms = Sequence[tuple[float, Insert]]
@@ -91,14 +111,17 @@ def prepared(
                 f"{weight}: an insert cannot be set in beside a layer that has an adapter on it, active or not ({names}); "
                 "detach it first: intarsia.detach(model, name)"
             )
-        device = layer.get_parameter("weight").device
+        device = weight_of(layer).device
         ready = [insert.to(device).ready(c, partial(base_of, weight), dtype_of(weight)) for c, insert in parts]
         if not all(bool(tensor.isfinite().all()) for insert in ready for tensor in insert.tensors().values()):
             raise IntarsiaError(
                 f"{weight}: the insert beside it has numbers that are not finite in {dtype_of(weight)}; the strength is too large or "
                 "the adapter is broken. Nothing was changed"
             )
-        found[weight] = Together(tuple(replace(one, inserted=one.inserted.watching(seen)) for one in ready))
+        operator = operator_for(layer)
+        assert isinstance(operator, Operator)  # add() has taken no other
+        told = tuple(replace(one, inserted=one.inserted.watching(seen)) for one in ready)
+        found[weight] = Together(told, operator)
     return found
 
 
@@ -125,7 +148,7 @@ def put_beside(layer: Any, together: Together) -> None:
     """Let the inserts act beside the layer, in place of others that do."""
     layer.__dict__[HELD] = together
     if not isinstance(layer, Beside):
-        layer.__class__ = chain.adapted(type(layer), Beside)
+        layer.__class__ = chain.adapted(type(layer), BesideDecoder if together.operator.kind == DECODER else Beside)
 
 
 def take_away(layer: Any) -> None:

@@ -24,10 +24,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class Inserted:
-    """What acts beside a layer: the ``kinds`` of functions, and what they cost: ``multiplications`` of numbers for every token."""
+    """What acts beside a layer: the ``kinds`` of functions, and what they cost: ``multiplications`` of numbers for every token. Of a decoder,
+
+    what stands before its tokens, at how many ``positions``."""
 
     kinds: tuple[str, ...]
     multiplications: int
+    positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ class Status:
         counts = ", ".join(f"{hows.count(how)} by {how}" for how in (BITS, COPY) if how in hows)
         kept = f"; {len(hows)} weights touched, kept {counts}, {self.kept_bytes / 1e6:.1f} MB" if hows else ""
         beside = sum(one.multiplications for one in self.inserts.values())
-        kept += (
-            f"; inserts beside {len(self.inserts)} layers, {beside:,} multiplications a token" if self.inserts else ""
-        )
+        ahead = sum(one.positions for one in self.inserts.values())
+        layers = sum(not one.positions for one in self.inserts.values())
+        places = [f"beside {layers} layers"] if layers else []
+        places += [f"at {ahead} positions before the tokens"] if ahead else []
+        kept += f"; inserts {' and '.join(places)}, {beside:,} multiplications a token" if places else ""
         lost = f"; dropped last: {', '.join(self.dropped[-3:])}" if self.dropped else ""
         return (
             f"{what}{kept}; plans {self.plan_bytes / 1e6:.1f} of {self.memory / 1e6:.1f} MB ({len(self.planned)} ready)"
@@ -80,7 +85,11 @@ class Status:
 def beside_of(plan: Plan) -> dict[str, Inserted]:
     """What a plan inserts beside the layer of each weight."""
     return {
-        name: Inserted(tuple(one.inserted.what for one in together.inserts), together.multiplications)
+        name: Inserted(
+            tuple(one.inserted.what for one in together.inserts),
+            together.multiplications,
+            sum(one.count for one in together.inserts),
+        )
         for name, together in plan.inserts.items()
     }
 

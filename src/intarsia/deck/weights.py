@@ -11,7 +11,7 @@ from intarsia.bases import packing_of
 from intarsia.edits import memory
 from intarsia.errors import IntarsiaError
 from intarsia.operators import Operator
-from intarsia.site import editable
+from intarsia.site import decoders, editable, weight_of
 
 
 class Weights:
@@ -26,19 +26,21 @@ class Weights:
         for name, weight in model.named_parameters(remove_duplicate=False):
             owner, _, attribute = name.rpartition(".")
             self._owners[name] = (model.get_submodule(owner), attribute, weight)
-        self._operators = editable(model)
+        self._decoders = decoders(model)  # which have no weight of their own
+        self._operators = {n: operator for n, operator in editable(model).items() if n not in self._decoders}
         self._watched = {name: _Watched(*self._owners[name]) for name in self._operators}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._owners[name][2]
 
     def layer(self, name: str) -> nn.Module:
-        """The layer whose weight it is."""
-        return self._owners[name][0]
+        """The layer whose weight it is, or the decoder of that name."""
+        return self._decoders[name] if name in self._decoders else self._owners[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         """What its layer computes in."""
-        return packing_of(self[name]).dtype(self[name])
+        weight = weight_of(self._decoders[name]) if name in self._decoders else self[name]
+        return packing_of(weight).dtype(weight)
 
     @property
     def adaptable(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ file with a class like :class:`intarsia.edits.bottleneck.Bottleneck`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from intarsia.edits.edit import KINDS, Edit, want_scale
 from intarsia.errors import IntarsiaError, nearest
+from intarsia.operators import DECODER
 from intarsia.support import Shape
 
 PLACES = ("after", "parallel", "before")
+AHEAD = "ahead"  # before the tokens of a decoder: see intarsia.edits.ahead
 SITS_AT = frozenset({"linear"})  # the kinds of layers whose x and y are rows of numbers
 
 
@@ -28,6 +30,7 @@ class Inserted(ABC):
     """A function g of rows of numbers, (..., n) -> (..., m). Its tensors are fields, named as in a file."""
 
     what: ClassVar[str]  # its name in a file
+    places: ClassVar[tuple[str, ...]] = PLACES  # where it may stand
     watches: ClassVar[bool] = False  # whether it asks for the tokens of the model's forward
     wide: ClassVar[frozenset[str]] = frozenset()  # tensors that are never rounded
 
@@ -61,6 +64,11 @@ class Inserted(ABC):
     def multiplications(self) -> int:
         """Of numbers, for one token."""
 
+    @property
+    def count(self) -> int:
+        """Positions that it takes before the tokens of a decoder."""
+        return 0
+
     def watching(self, seen: Any) -> Self:
         """The same function, told of the tokens by an :class:`intarsia.edits.Seen`, where it asks for them."""
         return self
@@ -84,7 +92,8 @@ class Insert(Edit):
     after: v = y, g (O -> O), as adapters in series; parallel: v = x, g (I -> O); before: y' = y + scale W g(x), g (I -> I), which
     is W (x + scale g(x)) + b, the layer with an adapter in series before it. W is the base's own.
 
-    Several inserts at one layer read the layer's own x and y each, so they add up in any order.
+    Several inserts at one layer read the layer's own x and y each, so they add up in any order. ``ahead``, before the tokens of a
+    decoder, nothing is added up: they stand behind one another, in their order, and scale is 1.
     """
 
     inserted: Inserted
@@ -92,6 +101,15 @@ class Insert(Edit):
     scale: float = 1.0
 
     kind = "insert"
+
+    def __post_init__(self) -> None:
+        if self.place == AHEAD:
+            self.inserted.times(self.scale)  # which says why not
+
+    @property
+    def sits_at(self) -> frozenset[str]:
+        """The kinds of layers where it can act."""
+        return frozenset({DECODER}) if self.place == AHEAD else SITS_AT
 
     def tensors(self) -> dict[str, Tensor]:
         return self.inserted.tensors()
@@ -104,9 +122,20 @@ class Insert(Edit):
         what, place = facts.get("what"), facts.get("place")
         if not isinstance(what, str) or what not in INSERTED:
             raise IntarsiaError(f"unknown insert {what!r}; {nearest(str(what), INSERTED)}")
-        if place not in PLACES:
-            raise IntarsiaError(f"place is {place!r}; expected one of {', '.join(PLACES)}")
+        places = INSERTED[what].places
+        if place not in places:
+            raise IntarsiaError(f"place is {place!r}; expected one of {', '.join(places)}")
         return cls(shape, INSERTED[what].build(*sizes(place, shape), tensors, facts), place, want_scale(facts))
+
+    @property
+    def count(self) -> int:
+        """How many positions it takes before the tokens of a decoder."""
+        return self.inserted.count if self.place == AHEAD else 0
+
+    @property
+    def multiplications(self) -> int:
+        """Of numbers, for one token; before the tokens of a decoder: for every key and value there, once for each head of theirs."""
+        return self.inserted.multiplications + self.count * self.shape[1]
 
     def change(self, x: Tensor, y: Tensor, W: Tensor | None = None) -> Tensor:
         """What is added to y. x (..., I), y (..., O), the layer's own weight W (O, I) for one that stands before it. -> (..., O)."""
@@ -138,9 +167,8 @@ class Insert(Edit):
         return [(1.0, self)]
 
     def fold(self, W: Tensor) -> NoReturn:
-        raise IntarsiaError(
-            f"an insert ({self.inserted.what}) is computed beside its layer for every token and folds into no weight"
-        )
+        how = "stands before the tokens" if self.place == AHEAD else "is computed beside its layer for every token"
+        raise IntarsiaError(f"an insert ({self.inserted.what}) {how} and folds into no weight")
 
     def delta(self, W: Tensor) -> NoReturn:
         self.fold(W)
@@ -150,10 +178,19 @@ class Insert(Edit):
         return 0
 
 
+def where(inserts: Mapping[str, Sequence[Insert]]) -> str:
+    """Where inserts act, by the weights that they belong to: ``beside 3 layers``, ``at 20 positions before the tokens``."""
+    ahead = sum(one.count for many in inserts.values() for one in many)
+    layers = sum(any(one.place != AHEAD for one in many) for many in inserts.values())
+    both = [f"beside {layers} layers"] if layers or not ahead else []
+    return " and ".join([*both, *([f"at {ahead} positions before the tokens"] if ahead else [])])
+
+
 def sizes(place: str, shape: Shape) -> tuple[int, int]:
     """How many numbers a function at this place reads and makes, beside a weight of this (O, I)."""
     outputs, inputs = shape
-    return {"after": (outputs, outputs), "parallel": (inputs, outputs), "before": (inputs, inputs)}[place]
+    read = {"after": outputs, "parallel": inputs, "before": inputs, AHEAD: inputs}[place]
+    return read, inputs if place == "before" else outputs
 
 
 KINDS[Insert.kind] = Insert

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from intarsia.edits.edit import KINDS, Edit, LowRank, Sparse, build_edit, joined
-from intarsia.edits.insert import Insert
+from intarsia.edits.insert import AHEAD, Insert
 from intarsia.errors import IntarsiaError
 from intarsia.support import Shape
 
@@ -27,6 +27,9 @@ class Sum(Edit):
     def __post_init__(self) -> None:
         if not self.factors:
             object.__setattr__(self, "factors", (1.0,) * len(self.parts))
+        for factor, insert in self.inserts():
+            if insert.place == AHEAD:
+                insert.inserted.times(factor)  # which says why not, where it cannot be
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}_{name}": tensor for i, part in enumerate(self.parts) for name, tensor in part.tensors().items()}

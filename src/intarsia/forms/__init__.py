@@ -1,5 +1,6 @@
 """Forms: the shapes of computation that many methods share. A form owns forward, fold, edit and restore."""
 
+from intarsia.forms.ahead import Ahead
 from intarsia.forms.carry import carried, carry
 from intarsia.forms.chosen import SCHEDULES, SCORER_NAMES, Chosen
 from intarsia.forms.competing import Competing
@@ -27,6 +28,7 @@ __all__ = [
     "HEIGHTS",
     "SCHEDULES",
     "SCORER_NAMES",
+    "Ahead",
     "Chosen",
     "Competing",
     "Coupled",

@@ -43,7 +43,16 @@ from intarsia.edits import Placement, place
 from intarsia.errors import IntarsiaError, nearest
 from intarsia.method import Method
 from intarsia.operators import Operator
-from intarsia.site import ALL_LINEAR, adaptable_layers, find_sites, layer_at, partners, site_at, weight_name
+from intarsia.site import (
+    ALL_LINEAR,
+    adaptable_layers,
+    every_layer,
+    find_sites,
+    layer_at,
+    partners,
+    site_at,
+    weight_name,
+)
 
 if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
     raise ImportError("the bridge needs PEFT 0.21 or newer; upgrade it: pip install -U peft", name="peft")
@@ -610,7 +619,7 @@ class IntarsiaModel(BaseTuner):
         layers, holding = chain.adapted_layers(base), attached.states(base, adapter_name)
         together = config.method.chooses_together()
         faults = [f"missing {n}.adapters.*" for n in holding if n not in given and not together]
-        there = adaptable_layers(base)
+        there = every_layer(base)
         made: dict[str, chain.State] = {}
         for name, tensors in given.items():
             if name not in there or (name not in holding and not together):

@@ -211,9 +211,13 @@ def check_folds(adapter: store.Adapter) -> None:
     if inserts:
         first, (one, *_) = next(iter(inserts.items()))
         more = f" and {len(inserts) - 1} more weights" if len(inserts) > 1 else ""
+        does = (
+            f"before the tokens of {first} it puts a {one.inserted.what}, which"
+            if one.count
+            else f"beside {first}{more} it inserts a {one.inserted.what}, which is computed for every token and"
+        )
         raise IntarsiaError(
-            f"a format of weights cannot hold this adapter: beside {first}{more} it inserts a {one.inserted.what}, which is computed for "
-            "every token and folds into no weight; a deck, chat and eval use it as it is"
+            f"a format of weights cannot hold this adapter: {does} folds into no weight; a deck, chat and eval use it as it is"
         )
 
 

@@ -20,6 +20,8 @@ from intarsia.methods.mosa import Mosa
 from intarsia.methods.nlora import Nlora
 from intarsia.methods.nola import Nola
 from intarsia.methods.paca import Paca
+from intarsia.methods.prefix import Prefix
+from intarsia.methods.prompt import Prompt
 from intarsia.methods.qwha import Qwha
 from intarsia.methods.randlora import Randlora
 from intarsia.methods.rosa import Rosa
@@ -37,6 +39,7 @@ from intarsia.methods.wara import Wara
 
 __all__ = [
     "Alora", "Bone", "Bottleneck", "DiffuseKronA", "Dora", "Dylora", "Eora", "Eva", "Full", "Hut", "Hydra",
-    "Increlora", "Loldu", "Lora", "LoraSb", "Melora", "Mosa", "Nlora", "Nola", "Paca", "Qwha", "Randlora", "Rosa",
-    "S2Lora", "S2ft", "Shira", "Smora", "Smt", "Snell", "Snella", "Sora", "Svfit", "Tokens", "Wara",
+    "Increlora", "Loldu", "Lora", "LoraSb", "Melora", "Mosa", "Nlora", "Nola", "Paca", "Prefix", "Prompt", "Qwha",
+    "Randlora", "Rosa", "S2Lora", "S2ft", "Shira", "Smora", "Smt", "Snell", "Snella", "Sora", "Svfit", "Tokens",
+    "Wara",
 ]  # fmt: skip

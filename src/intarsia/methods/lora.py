@@ -58,8 +58,8 @@ class Lora(Factored):
         return chosen(self, sites, surveys, seed) if chosen else super().settle(sites, surveys, seed)
 
     def at(self, edit, site):
-        found = find(self.start).at
-        return found(self, edit, site) if found else self
+        known = INITIALISERS.get(self.start)  # a file that is loaded imports nothing
+        return known.at(self, edit, site) if known and known.at else self
 
     def observer(self, site):
         looks = find(self.start).observer

@@ -126,7 +126,7 @@ class Adapter:
     @property
     def multiplications(self) -> int:
         """Of numbers for every token, by what it inserts; 0 where all of it is set into weights."""
-        return sum(one.inserted.multiplications for many in self.inserts.values() for one in many)
+        return sum(one.multiplications for many in self.inserts.values() for one in many)
 
     @property
     def touched(self) -> int:
@@ -137,6 +137,11 @@ class Adapter:
     def size(self) -> int:
         """Entries of the weights that it edits."""
         return sum(edit.shape[0] * edit.shape[1] for edit in self.outlines.values())
+
+    @property
+    def share(self) -> float:
+        """Of the entries of those weights, the ones that it can change."""
+        return self.touched / self.size if self.size else 0.0
 
     @property
     def bytes(self) -> int:

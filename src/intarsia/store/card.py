@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from intarsia.edits import where
+
 if TYPE_CHECKING:
     from intarsia.store.adapter import Adapter
 
@@ -13,19 +15,18 @@ def card(head: Mapping[str, Any], adapter: Adapter, stored: int) -> str:
     """Markdown with the front matter that model hubs read. ``stored``: bytes of the file of tensors."""
     base, method = head["base"], dict(head["method"])
     name = method.pop("name", "?")
-    share = adapter.touched / adapter.size if adapter.size else 0.0
     fields = "".join(f"| {key} | `{value}` |\n" for key, value in method.items())
     notes = "".join(f"| {key} | {_show(value)} |\n" for key, value in head["note"].items())
     about = "".join(f"| {key} | `{value}` |\n" for key, value in head["about"].items() if key != "merged")
     parts = "".join(f"| made of {part} | {_made_of(adapter.about['merged'][part])} |\n" for part in adapter.made_of)
     weights = sum(edit.in_weight() is not None for edit in adapter.outlines.values())
     does = [
-        f"edits {weights} weights and changes up to\n{adapter.touched:,} of their {adapter.size:,} entries ({share:.2%})"
+        f"edits {weights} weights and changes up to\n{adapter.touched:,} of their {adapter.size:,} entries ({adapter.share:.2%})"
     ] if weights else []  # fmt: skip
     if adapter.inserts:
         kinds = ", ".join(dict.fromkeys(one.inserted.what for many in adapter.inserts.values() for one in many))
         does.append(
-            f"acts beside {len(adapter.inserts)} layers ({kinds}), which no\nweight can hold: {adapter.multiplications:,} multiplications "
+            f"acts {where(adapter.inserts)} ({kinds}), which no\nweight can hold: {adapter.multiplications:,} multiplications "
             "for every token"
         )
     front = (

@@ -147,7 +147,7 @@ def plan(config: Config, pretrained: Pretrained | None = None, progress: Progres
     method = registry.build(registry.with_tokens(config.method, partial(_tokens, pretrained.tokenizer)))
     if attached_names(model):
         raise IntarsiaError(f"the model has adapters already ({', '.join(attached_names(model))}); detach them first")
-    targeted = find_sites(model, config.targets, config.exclude)
+    targeted = find_sites(model, config.targets, config.exclude, method.default_targets)
     avoid = _to_avoid(config, method)
     planned = plan_sites(model, method, config.targets, config.exclude, avoid)
     train, held_out, reports = load_data(config, pretrained)
