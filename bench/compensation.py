@@ -41,7 +41,9 @@ Grams = dict[str, dict[str, Tensor]]
 
 def chunks(tokenizer: Any) -> list[Tensor]:
     """The pages as rows of tokens."""
-    text = "\n\n".join(page.read_text("utf-8") for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "compensation")
+    text = "\n\n".join(
+        page.read_text("utf-8") for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "compensation"
+    )
     ids = torch.tensor(tokenizer(text)["input_ids"])
     return list(ids[: len(ids) // TOKENS * TOKENS].view(-1, TOKENS))
 
@@ -71,7 +73,9 @@ def output_error(W: Tensor, changed: Tensor, H: Tensor) -> float:
     return float((((D @ H) * D).sum() / ((W.double() @ H) * W.double()).sum()).sqrt())
 
 
-def repairs(model: Any, names: list[str], rank: int, look: list[Tensor], held: list[Tensor], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def repairs(
+    model: Any, names: list[str], rank: int, look: list[Tensor], held: list[Tensor], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One row a rule and a repair."""
     whole = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     seen, rows = grams(model, names, held), []
@@ -83,7 +87,12 @@ def repairs(model: Any, names: list[str], rank: int, look: list[Tensor], held: l
                 method = Eora(rank=rank, weighting=WEIGHTING[repair])
                 ia.attach(model, method, names, gathered=gathered, original=whole)
             errors = [output_error(whole[name], _now(model, name), seen[name]["gram"]) for name in names]
-            found = {"rule": rule, "repair": repair, "output_error": sum(errors) / len(errors), "perplexity": perplexity(model, held)}
+            found = {
+                "rule": rule,
+                "repair": repair,
+                "output_error": sum(errors) / len(errors),
+                "perplexity": perplexity(model, held),
+            }
             if repair != "none":
                 ia.detach(model, "default")
             rows.append(found)
@@ -100,7 +109,9 @@ def _now(model: nn.Module, name: str) -> Tensor:
         return layer(torch.eye(layer.in_features)).T if layer.bias is None else layer.weight
 
 
-def factorings(model: Any, names: list[str], look: list[Tensor], held: list[Tensor], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def factorings(
+    model: Any, names: list[str], look: list[Tensor], held: list[Tensor], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One row a share of the rank and a way to choose directions."""
     rows = []
     batches = [{"input_ids": torch.stack(look[i : i + 4])} for i in range(0, len(look), 4)]
@@ -109,7 +120,12 @@ def factorings(model: Any, names: list[str], look: list[Tensor], held: list[Tens
         for share in SHARES:
             before = {name: model.get_submodule(name) for name in names}
             done = shrink.factorize(model, known, share, always=True)
-            found = {"by": by, "share": share, "numbers": done.after / done.before, "perplexity": perplexity(model, held)}
+            found = {
+                "by": by,
+                "share": share,
+                "numbers": done.after / done.before,
+                "perplexity": perplexity(model, held),
+            }
             put(model, before)
             rows.append(found)
             say(str(found))
@@ -118,11 +134,18 @@ def factorings(model: Any, names: list[str], look: list[Tensor], held: list[Tens
 
 def page(about: Mapping[str, Any]) -> str:
     """The tables."""
-    lines = ["| compression | repair, r = %d | output error | perplexity |" % about["rank"], "|---|---|---|---|"]
-    lines += [f"| {r['rule']} | {r['repair']} | {r['output_error']:.3f} | {r['perplexity']:.2f} |" for r in about["repairs"]]
+    lines = [f"| compression | repair, r = {about['rank']} | output error | perplexity |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['rule']} | {r['repair']} | {r['output_error']:.3f} | {r['perplexity']:.2f} |" for r in about["repairs"]
+    ]
     lines += ["", "| LoRD, share of the rank | directions of | numbers left | perplexity |", "|---|---|---|---|"]
-    lines += [f"| {r['share']} | the {r['by']} | {r['numbers']:.0%} | {r['perplexity']:.2f} |" for r in about["factorings"]]
-    lines += ["", f"{about['layers']} layers of {about['blocks']} of {about['of']} blocks; {about['look']} tokens to look at, {about['held']} held out; the whole model's perplexity is {about['whole']:.2f}."]
+    lines += [
+        f"| {r['share']} | the {r['by']} | {r['numbers']:.0%} | {r['perplexity']:.2f} |" for r in about["factorings"]
+    ]
+    lines += [
+        "",
+        f"{about['layers']} layers of {about['blocks']} of {about['of']} blocks; {about['look']} tokens to look at, {about['held']} held out; the whole model's perplexity is {about['whole']:.2f}.",
+    ]
     return "\n".join(lines)
 
 

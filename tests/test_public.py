@@ -19,7 +19,7 @@ from small import SITES, small_net, some_input
 PUBLIC = {
     "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
-    "load_adapter_state", "load_checkpoint", "lottery", "read", "register", "registry", "regrow", "replicate", "rows", "save",
+    "load_adapter_state", "load_checkpoint", "lottery", "optim", "read", "register", "registry", "regrow", "replicate", "rows", "save",
     "save_checkpoint", "scorer", "shard", "sync",
 }  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_methods_are_built_from_plain_configs(config, method):
     ("config", "message"),
     [
         ("shirra", "unknown method 'shirra'; did you mean 'shira'"),
-        ({"name": "zzz"}, "known: bottleneck, "),
+        ({"name": "zzz"}, "known: alora, bat, bone, bottleneck, "),
         ({"name": "shira", "densty": 0.1}, "shira has no field 'densty'; did you mean 'density'"),
         ({"name": "shira", "density": "much"}, "density='much' is a str; expected float"),
         ({"name": "shira", "density": None}, "density=None is a None; expected float"),

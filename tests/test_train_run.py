@@ -298,6 +298,7 @@ STATEFUL = [  # what a step does depends on the steps before it
     ({"name": "mosa-sparse-adapters", "rank": 3}, 5),
     ({"name": "snella", "rank": 4, "sparsity": 0.6, "every": 4}, 6),
     ({"name": "sora", "rank": 4, "lam": 5.0, "stages": 3, "last": 20.0}, 5),
+    ({"name": "s2-lora", "rank": 4}, 5),
     ({"name": "dylora", "rank": 4, "update": "frozen"}, 5),
     ({"name": "increlora", "target": 2, "top": 3, "warm": 4}, 5),
 ]

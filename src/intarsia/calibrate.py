@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ def gather(
         only_requiring_grad(model, weights.values() if backward else ()),
         torch.enable_grad(),
         Mapped() as sums,
-        _Inputs(model, leaders or {n: n for n in weights}, needs, sums) if needs & OF_FORWARD else _nothing() as inputs,
+        _summing(model, leaders or {n: n for n in weights}, needs, sums) as inputs,
     ):
         model.eval()
 
@@ -256,8 +256,13 @@ class _Inputs(Watch):
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
+def _summing(
+    model: nn.Module, leaders: Mapping[str, str], needs: frozenset[str], sums: Mapped
+) -> Iterator[_Inputs | None]:
+    """Within the block what comes into the layers is summed, where that is needed."""
+    inputs = _Inputs(model, leaders, needs, sums) if needs & OF_FORWARD else None
+    with inputs or nullcontext():
+        yield inputs
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def attach(
     wanted = method.needs() & GATHERED
     if wanted and data is None and gathered is None:
         raise IntarsiaError(
-            f"{method.name} chooses by {', '.join(sorted(wanted))} and needs calibration data: pass data=[batch, ...]"
+            f"{method.name} chooses by {', '.join(sorted({'observed': 'inputs'}.get(n, n) for n in wanted))} and needs calibration data: pass data=[batch, ...]"
             f"{' with labels' if wanted & OF_BACKWARD else ''}"
         )
     keep_bits(model)

@@ -158,7 +158,7 @@ def _choose(site: Site, state: Any, found: Mapping[str, Tensor], share: float, s
         0, index
     )
     dropped = top(-change, count)
-    scores = unit.reduce(score(scorer, site, Start(0, **found))).index_fill(0, index, -torch.inf)
+    scores = unit.reduce(score(scorer, site, Start(0, **dict[str, Any](found)))).index_fill(0, index, -torch.inf)
     free = free_units(unit, site)
     if free is not None:
         scores = scores.masked_fill(~free.to(scores.device), -torch.inf)

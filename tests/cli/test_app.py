@@ -75,6 +75,11 @@ SURFACE = {
     "registry verify": ([], ["--registry", "--json"]),
     "registry push": (["reference", "repository"], ["--revision", "--public", "--registry", "--json"]),
     "registry pull": (["repository"], ["--revision", "--name", "--tag", "--registry", "--json"]),
+    "shrink": (
+        ["model", "output"],
+        ["--data", "--rank", "--search", "--target", "--exclude", "--multiple", "--by", "--format", "--rows", "--max-length",
+         "--batch-size", "--overwrite", "--json"],
+    ),
     "bench train": (
         [],
         ["--size", "--model", "--dtype", "--device", "--batch", "--length", "--rounds", "--steps", "--threads", "--only",
@@ -124,7 +129,7 @@ def test_version(intarsia):
         (["trainn"], "no command 'trainn'; did you mean 'train'"),
         (
             ["xyz"],
-            "no command 'xyz'; known: bench, chat, check, compress, convert, demo, eval, merge, methods, registry, repair, show, train",
+            "no command 'xyz'; known: bench, chat, check, compress, convert, demo, eval, merge, methods, registry, repair, show, shrink, train",
         ),
         (["train", "--dry-rn"], "no option --dry-rn; did you mean --dry-run? (intarsia train --help)"),
         (["methods", "--frobnicate"], "no option --frobnicate; known: --help, --json (intarsia methods --help)"),

@@ -235,7 +235,8 @@ def test_sizes_say_what_cannot_be_had():
     assert sizes[0].bytes > 0
     (said,) = {one.refused for one in sizes if "%" in one.name}
     assert said is not None
-    assert said.startswith("a: kernel edits cannot be compressed; it is for Blocks, Combined, Dense, ")
+    assert said.startswith("a: kernel edits cannot be compressed; it is for ")
+    assert "Combined, " in said
 
 
 def test_a_mixture_without_a_coefficient_of_b_changes_nothing():

@@ -261,6 +261,23 @@ def test_a_compiled_model_sees_the_tokens(tiny_llama):
         assert torch.equal(found[:, :at], _out(base, ids).logits[:, :at])
 
 
+def test_a_deck_on_a_compiled_model_sees_the_tokens(tiny_llama):
+    """The hook comes after the model was compiled, and goes again."""
+    ids, source = _ids(row0=9), _adapted(tiny_llama())
+    torch._dynamo.reset()
+    deck = ia.Deck(tiny_llama())
+    deck.add(a=ia.export(source))
+    compiled = torch.compile(deck.model.eval(), backend="eager")
+    base = _out(compiled, ids, use_cache=False).logits
+    for _ in range(2):
+        deck.use("a")
+        found = _out(compiled, ids, use_cache=False).logits
+        torch.testing.assert_close(found, _out(source, ids).logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found[:, :9], base[:, :9])
+        deck.off()
+        assert torch.equal(_out(compiled, ids, use_cache=False).logits, base)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))])
 def test_a_copy_sees_its_own_tokens(tiny_llama, copied):
     model = _adapted(tiny_llama())

@@ -255,8 +255,23 @@ def test_lora_starts_so_with_the_usual_options(tiny_llama):
     ia.attach(other, ia.Lora(rank=RANK, start="eva"), data=batches())
     assert {n: len(s.A) for n, s in states(one).items()} == {n: len(s.A) for n, s in states(other).items()}
     assert all(torch.equal(states(one)[n].A, s.A) for n, s in states(other).items())
-    broken = [r for r in contract.check(ia.Lora(rank=2, start="eva")) if r.state == "broken"]
+    laws = ["starts as the base", "saves and loads exactly", "checkpoints exactly", "counts what it trains"]
+    broken = [r for r in contract.check(ia.Lora(rank=2, start="eva"), laws) if r.state == "broken"]
     assert not broken, "\n".join(map(str, broken))
+
+
+def test_dora_starts_around_it(tmp_path):
+    model, x = small_net(), some_input()
+    before, method = model(x), ia.Dora(Eva(rank=3))
+    ia.attach(model, method, data=[inputs(60, 16).float()], loss=run)
+    torch.testing.assert_close(model(x), before)
+    ranks = {name: len(state.A) for name, state in states(model).items()}
+    assert sum(ranks.values()) == 9
+    assert len(set(ranks.values())) > 1
+    ia.save(model, tmp_path / "both")
+    again = small_net()
+    ia.load(again, tmp_path / "both")
+    assert {name: len(state.A) for name, state in states(again, "both").items()} == ranks
 
 
 # ------------------------------------------------------------------ HF PEFT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import peft
@@ -13,9 +14,8 @@ from intarsia.inits import initialiser
 from small import SITES, layer_of, small_net, some_input, some_loss, state_of, stir, trained
 
 
-def _theirs(**config) -> torch.nn.Module:
-    model: torch.nn.Module = peft.get_peft_model(small_net(), peft.LoraConfig(target_modules=list(SITES), **config))
-    return model
+def _theirs(**config) -> Any:
+    return peft.get_peft_model(small_net(), peft.LoraConfig(target_modules=list(SITES), **config))
 
 
 def _layer(model: torch.nn.Module, site: str) -> Any:
@@ -128,6 +128,20 @@ def test_an_initialiser_of_another_package():
     ia.attach(model, ia.Lora(2, start=f"{__name__}:ones"), data=[x], loss=some_loss)
     assert torch.equal(model(x), small_net()(x))
     assert bool((state_of(model, "up").A == 1).all())
+
+
+def test_a_file_imports_no_initialiser(tmp_path, monkeypatch):
+    """What it made is in the file; whoever loads it need not have it."""
+    model = small_net()
+    ia.attach(model, ia.Lora(2, start=f"{__name__}:ones"), data=[some_input()], loss=some_loss)
+    stir(model)
+    folder = ia.save(model, tmp_path / "a")
+    head = (folder / "adapter.json").read_text()
+    monkeypatch.setattr(sys.modules[initialiser.__module__], "imported", lambda *_: pytest.fail("it was imported"))
+    other = small_net()
+    ia.load(other, folder)
+    assert f"{__name__}:ones" in head
+    assert torch.equal(other(some_input()), model(some_input()))
 
 
 @pytest.mark.parametrize(

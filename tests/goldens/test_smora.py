@@ -287,7 +287,7 @@ def test_fields_out_of_range_are_refused(field, value):
 )  # fmt: skip
 def test_a_file_that_makes_none_is_refused(tensors, facts, word):
     good = {"A": torch.zeros(4, 16), "B": torch.zeros(24, 4), "router": torch.zeros(4, 16), "b": torch.zeros(4)}
-    said: dict[str, Any] = {
+    said = {
         "type": "insert",
         "what": "mixture of ranks",
         "place": "parallel",
@@ -302,7 +302,8 @@ def test_a_file_that_makes_none_is_refused(tensors, facts, word):
 
 def test_a_file_of_another_config_is_refused(tmp_path):
     saved = ia.export(adapted(Smora(4, 2)), called="a")
-    for number, other in enumerate(({"rank": 5}, {"active": 1}, {"gate": "sigmoid"})):
+    others: list[dict[str, Any]] = [{"rank": 5}, {"active": 1}, {"gate": "sigmoid"}]
+    for number, other in enumerate(others):
         ia.store.write(dataclasses.replace(saved, method=dict(saved.method) | other), tmp_path / str(number))
         with pytest.raises(ia.IntarsiaError, match=r"up: the file has .*config"):
             ia.load(small_net(), tmp_path / str(number))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,8 @@ def _to_levels(groups: Tensor, bits: int) -> Tensor:
     wide = groups.to(torch.promote_types(groups.dtype, torch.float32))
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp_min(torch.finfo(wide.dtype).tiny)
-    return (low + ((wide - low) / step).round() * step).to(groups.dtype)
+    levels: Tensor = low + ((wide - low) / step).round() * step
+    return levels.to(groups.dtype)
 
 
 def rule(name: str) -> Rule:
@@ -85,7 +87,8 @@ def degrade(model: nn.Module, how: str | Rule, layers: Mapping[str, nn.Module] |
         IntarsiaError: for an unknown rule or a weight that is packed. Nothing is changed then.
     """
     apply = rule(how) if isinstance(how, str) else how
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
     if layers is None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items()}  # type: ignore[misc]

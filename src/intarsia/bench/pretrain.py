@@ -41,14 +41,14 @@ class Contender:
 # Ranks and densities for about one size of state: 2 r max + r min numbers of a matrix, and 2 rho m n.
 CONTENDERS = (
     Contender("AdamW", None, 3e-3),
-    Contender("GaLore r=8", {"name": "galore", "rank": 8, "gap": 50}, 3e-2),
+    Contender("GaLore r=8", {"name": "galore", "rank": 8, "gap": 50}, 4e-2),
     Contender("Fira r=8", {"name": "fira", "rank": 8, "gap": 50}, 1e-2),
     Contender("FRUGAL rho=0.25", {"name": "frugal", "density": 0.25, "gap": 50}, 3e-3),
     Contender("FRUGAL rho=0", {"name": "frugal", "density": 0.0}, 3e-3),
     Contender(
         "BAdam rho=0.25", {"name": "frugal", "density": 0.25, "gap": 50, "selector": "block", "rest": "none"}, 3e-3
     ),
-    Contender("LoRA r=8", None, 3e-3, lora=8),
+    Contender("LoRA r=8", None, 1e-2, lora=8),
 )
 
 
@@ -87,11 +87,12 @@ def loss(model: nn.Module, ids: Tensor) -> Tensor:
 
 def optimizer_of(contender: Contender, model: nn.Module) -> torch.optim.Optimizer:
     """Embeddings, norms and the head learn at one rate under all of them, so that what differs is how the matrices do."""
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for part in parts(model):
         matrix = not part.embedding and part.role in ("matrix", "up", "down")
         (matrices if matrix else others).append(part.parameter)
-    groups = [{"params": matrices}, {"params": others, "lr": REST_LR}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "lr": REST_LR}]
     if contender.optimizer is None:
         return torch.optim.AdamW(groups, lr=contender.lr, weight_decay=0.0)
     groups[1]["project"] = False
@@ -116,7 +117,7 @@ def start(contender: Contender, size: Size = SMALL) -> nn.Module:
 def run(
     contender_name: str,
     lr: float | None = None,
-    steps: int = 200,
+    steps: int = 150,
     rows: int = 16,
     length: int = 64,
     every: int = 50,

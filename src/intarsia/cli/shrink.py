@@ -76,7 +76,8 @@ def shrink(
             pretrained.model, _batches(look, pretrained, batch_size), targets or "all-linear", exclude or (), by=by,
             progress=progress.work,
         )  # fmt: skip
-        before, trials = measure(pretrained.model), []
+        before = measure(pretrained.model)
+        trials: list[Trial] = []
         wanted: Any = rank
         if search is not None:
             wanted, trials = room.choose_shares(

@@ -28,6 +28,7 @@ from intarsia.edits import (
     Multiplied,
     Rescaled,
     Scaled,
+    Sequential,
     Sparse,
     Sum,
     Tiled,
@@ -74,6 +75,11 @@ def _(edit: Scaled) -> tuple[str, ...]:
 @learned.register
 def _(edit: Combined) -> tuple[str, ...]:
     return ("a", "c")
+
+
+@learned.register
+def _(edit: Sequential) -> tuple[str, ...]:
+    return ("D", "U")
 
 
 @learned.register

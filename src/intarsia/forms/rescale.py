@@ -42,6 +42,33 @@ class Rescale(Method):
     def needs(self) -> frozenset[str]:
         return self.inside().needs()
 
+    # --- where the inner method chooses for all sites together, or looks at the inputs: as it does by itself
+
+    @abstractmethod
+    def around(self, inner: Method) -> Method:
+        """The same with another method inside."""
+
+    def chooses_together(self) -> bool:
+        return self.inside().chooses_together()
+
+    def survey(self, site: Site, start: Start) -> Tensor:
+        return self.inside().survey(site, start)
+
+    def settle(
+        self, sites: Mapping[str, Site], surveys: Mapping[str, Tensor] | None, seed: int
+    ) -> Mapping[str, tuple[Method, Mapping[str, Any]]]:
+        settled = self.inside().settle(sites, surveys, seed)
+        return {name: (self.around(inner), found) for name, (inner, found) in settled.items()}
+
+    def at(self, edit: Edit, site: Site) -> Method:
+        return self.around(self.inside().at(edit.inner, site)) if isinstance(edit, Rescaled) else self
+
+    def observer(self, site: Site) -> Any:
+        return self.inside().observer(site)
+
+    def confer(self, observers: Mapping[str, Any]) -> None:
+        self.inside().confer(observers)
+
     def plan(self, p: Any) -> tuple[Tensor, ...]:
         return self.inside().plan(p)
 

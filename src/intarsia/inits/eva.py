@@ -17,29 +17,38 @@ After 50 passes over the data what is known then is taken; PEFT goes on for ever
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from intarsia.edits import LowRank
+from intarsia.edits import Edit, LowRank
 from intarsia.errors import IntarsiaError
 from intarsia.inits.initialiser import initialiser
 from intarsia.inits.spectrum import Spectrum
+from intarsia.method import Start
+from intarsia.site import Site
 
 RHO, TAU, WHITEN, CENTER = 2.0, 0.99, False, False
 
 
-def _most(method, site):
+def _most(method: Any, site: Site) -> int:
     """How many directions a site may get."""
-    return min(round(method.rank * getattr(method, "rho", RHO)), *site.shape)
+    return min(_components(method), *site.shape)
 
 
-def observer(method, site):
+def _components(method: Any) -> int:
+    return round(method.rank * float(getattr(method, "rho", RHO)))
+
+
+def observer(method: Any, site: Site) -> Spectrum:
     """What looks at the inputs of a site."""
-    components = min(round(method.rank * getattr(method, "rho", RHO)), site.shape[1])
-    return Spectrum(components, getattr(method, "tau", TAU), getattr(method, "center", CENTER))
+    return Spectrum(
+        min(_components(method), site.shape[1]), getattr(method, "tau", TAU), getattr(method, "center", CENTER)
+    )
 
 
-def confer(method, observers: Mapping[str, Spectrum]):
+def confer(method: Any, observers: Mapping[str, Spectrum]) -> None:
     """After a batch: each observer needs as many directions as its layers would get now."""
     if any(one.s is None for one in observers.values()):
         return
@@ -48,7 +57,7 @@ def confer(method, observers: Mapping[str, Spectrum]):
         one.needed = max(ranks[name] for name, other in observers.items() if other is one)
 
 
-def _ranks(explained, rank):
+def _ranks(explained: Mapping[str, Tensor], rank: int) -> dict[str, int]:
     """How many of the first N r directions of N sites are each site's."""
     owners = [name for name, e in explained.items() for _ in e]
     order = torch.cat(list(explained.values())).argsort(descending=True, stable=True)[: rank * len(explained)]
@@ -58,9 +67,9 @@ def _ranks(explained, rank):
     return ranks
 
 
-def survey(method, site, start):
+def survey(method: Any, site: Site, start: Start) -> Tensor:
     """(p, 2 + I): what each direction explains, its singular value, and itself."""
-    seen = start.given("observed")
+    seen: Any = start.given("observed")
     if seen.s is None:
         raise IntarsiaError(
             f"{site.name}: none of {seen.skipped} batches has {seen.components} tokens that count, as many as directions are looked for; "
@@ -70,7 +79,9 @@ def survey(method, site, start):
     return torch.cat([seen.explained[:most, None], seen.s[:most, None].double(), seen.V[:most].double()], 1).cpu()
 
 
-def settle(method, sites, surveys, seed):
+def settle(
+    method: Any, sites: Mapping[str, Site], surveys: Mapping[str, Tensor] | None, seed: int
+) -> dict[str, tuple[Any, dict[str, Any]]]:
     """The ranks; before anything is known of the sites, equal ones."""
     if surveys is None:
         return {name: (method, {}) for name in sites}
@@ -80,18 +91,18 @@ def settle(method, sites, surveys, seed):
     }
 
 
-def at(method, edit, site):
+def at(method: Any, edit: Edit, site: Site) -> Any:
     """The method with the rank that a site was given."""
     return _with_rank(method, edit.A.shape[0]) if isinstance(edit, LowRank) else method
 
 
-def _with_rank(method, rank):
+def _with_rank(method: Any, rank: int) -> Any:
     alpha = None if method.alpha is None else method.alpha * rank / method.rank
     return replace(method, rank=rank, alpha=alpha)
 
 
 @initialiser("eva", "observed", observer=observer, confer=confer, survey=survey, settle=settle, at=at)
-def eva(method, site, start):
+def eva(method: Any, site: Site, start: Start) -> dict[str, Tensor]:
     """A = the directions, B = 0."""
     found = start.given("observed")
     s, V = found[:, :1], found[:, 1:]

@@ -7,7 +7,7 @@ Trained: O numbers a weight, and those of the inner method.  m = ||W|| by rows, 
 The inner method may be any delta: LoRA as in the paper, or SHiRA or PaCA.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from intarsia.edits import row_norms
 from intarsia.forms import Delta, Rescale
@@ -39,6 +39,9 @@ class Dora(Rescale):
 
     def inside(self):
         return self.inner
+
+    def around(self, inner):
+        return replace(self, inner=inner)
 
     def length(self, V):
         return row_norms(V.detach() if self.detach_norm else V)

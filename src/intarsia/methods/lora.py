@@ -58,15 +58,17 @@ class Lora(Factored):
         return chosen(self, sites, surveys, seed) if chosen else super().settle(sites, surveys, seed)
 
     def at(self, edit, site):
-        found = find(self.start).at
-        return found(self, edit, site) if found else self
+        known = INITIALISERS.get(self.start)  # a file that is loaded imports nothing
+        return known.at(self, edit, site) if known and known.at else self
 
     def observer(self, site):
-        return find(self.start).observer(self, site)
+        looks = find(self.start).observer
+        return looks(self, site) if looks else super().observer(site)
 
     def confer(self, observers):
-        if find(self.start).confer:
-            find(self.start).confer(self, observers)
+        settles = find(self.start).confer
+        if settles:
+            settles(self, observers)
 
     def init(self, site, start):
         made = make(self.start, self, site, start, self.shapes(site.shape))

@@ -1,14 +1,14 @@
 """SMoRA: every rank of a LoRA is an expert.    y' = y + s B (g * A x),  g: k of r, chosen by W_g x + b
 
-Zhao et al. 2025, "Each Rank Could be an Expert: Single-Ranked Mixture of Experts LoRA for Multi-Task Learning", arXiv:2501.15103, section 3.
+Zhao et al. 2025, "Each Rank Could be an Expert: Single-Ranked Mixture of Experts LoRA for Multi-Task Learning", arXiv:2501.15103.
 Trained: r (O + I) + r I numbers a layer (``gate="binary"``: r (O + I)), and r of b that move by rule.  B = 0 at the start, so y' = y.
 
 For each token z = W_g x; T, the k largest of z + b, act: g_i = k softmax(z_T)_i there and 0 elsewhere, so that an indifferent router
 is a LoRA of k ranks with g = 1. ``gate``: logit (g = z), sigmoid, or binary (g = 1; nothing teaches the router then, it stays as drawn).
 Before every step b_i += speed sign(k / r - c_i), c_i the share that chose rank i of the tokens, over accumulated batches and processes, on
 which the loss depends: those of padding have a gradient of 0 and do not count.
-Decisions where the paper's text leaves it open: the gates and their factor k; speed 1e-3, that of loss-free balancing (Wang et al. 2024,
-arXiv:2408.15664); alpha / k, not alpha / r, so that what is added does not shrink with the ranks that rest. A and W_g ~ Kaiming uniform
+Decisions, as what we had was a summary of the paper and no code: the gates and their factor k; speed 1e-3, that of loss-free balancing (Wang et
+al. 2024, arXiv:2408.15664); alpha / k, not alpha / r, so that what is added does not shrink with the ranks that rest. A and W_g ~ Kaiming uniform
 (a = sqrt 5). All r ranks are computed and those not chosen are multiplied by 0: the paper's kernel that skips them is not here, and gathering the
 rows of A and columns of B for a single token took longer than that up to r = 64 (CPU, widths 576 to 4096).
 The learning rate is LoRA's, which this is where k = r; it was not measured by itself.

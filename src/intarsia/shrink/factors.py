@@ -139,7 +139,7 @@ def survey(
     found: dict[str, Directions] = {}
 
     def use(name: str, gathered: Mapping[str, Any]) -> None:
-        W = weights[name].detach()  # type: ignore[union-attr, operator]
+        W = weights[name].detach()  # type: ignore[operator]
         if by == "weight":
             (Q, S), mean = principal(W, None, min(W.shape)), torch.zeros(W.shape[1], dtype=torch.float64)
         else:

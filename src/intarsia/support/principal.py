@@ -37,5 +37,6 @@ def root(H: Tensor) -> Tensor:
     while True:
         L, failed = torch.linalg.cholesky_ex(H + ridge * torch.eye(len(H), dtype=H.dtype))
         if not bool(failed):
-            return L
+            found: Tensor = L
+            return found
         ridge *= 100  # H was summed with more rounding than float64 has

@@ -618,7 +618,8 @@ def _original(ready: Plan, progress: Progress) -> nn.Module | None:
     name = original_name(ready.config)
     if "original" not in ready.method.needs() or name is None:
         return None
-    return load_pretrained(name, dtype=ready.config.dtype, progress=progress.say).model
+    model: nn.Module = load_pretrained(name, dtype=ready.config.dtype, progress=progress.say).model
+    return model
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ def repair() -> list[Seen]:
     mixing = torch.randn(96, 96, generator=generator)
     look, held = ((torch.randn(2048, 96, generator=generator) * scales) @ mixing for _ in range(2))
     W = torch.randn(128, 96, generator=generator)
-    errors = {}
+    errors, before = {}, 0.0
     for weighting in ("gram", "diagonal", "none"):
         net = nn.Sequential(nn.Linear(96, 128, bias=False))
-        net[0].weight.data.copy_(two_of_four(W))
+        net.get_parameter("0.weight").data.copy_(two_of_four(W))
         before = float((net(held) - held @ W.T).norm() / (held @ W.T).norm())
         models.attach(
             net, Eora(rank=16, weighting=weighting), data=[look], loss=lambda m, x: m(x).sum(), original={"0": W}

@@ -34,9 +34,9 @@ def _loss(method: Method, seed: int) -> float:
     net, other = (nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))) for _ in range(2))
     mixing = drawn(WIDTH, WIDTH) * torch.logspace(0, -1.5, WIDTH)[:, None]
     with torch.no_grad():
-        for layer, moved in zip(net, other, strict=True):
-            layer.weight.copy_(drawn(WIDTH, WIDTH) / WIDTH**0.5)
-            moved.weight.copy_(layer.weight + 0.3 * drawn(WIDTH, WIDTH) / WIDTH**0.5)
+        for weight, moved in zip(net.parameters(), other.parameters(), strict=True):
+            weight.copy_(drawn(WIDTH, WIDTH) / WIDTH**0.5)
+            moved.copy_(weight + 0.3 * drawn(WIDTH, WIDTH) / WIDTH**0.5)
     data = [drawn(256, WIDTH) @ mixing for _ in range(4)]
     models.attach(net, method, seed=seed, data=data, loss=lambda m, x: m(x).sum())
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=4e-3)

@@ -52,7 +52,7 @@ def conditioning() -> list[Seen]:
         "badly split, even inputs": ((B * split, A / split[:, None]), even),
         "well split, uneven inputs": ((B, A), uneven),
     }
-    rates = {True: (0.03, 0.1, 0.3), False: (0.01, 0.03, 0.1)}
+    rates = {True: (0.03, 0.1, 0.3), False: (3e-3, 0.01, 0.03, 0.1)}
     return [
         Seen(
             f"steps to 1e-3, {name}",
