@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def ids(rows: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 250, (rows, T), generator=torch.Generator().manual_seed(seed))
 
 
-def adapted(*methods: ia.Method, dtype: torch.dtype = torch.float64) -> nn.Module:
+def adapted(*methods: ia.Method, dtype: torch.dtype = torch.float64) -> Any:
     """A toy model with an adapter of each method, named a, b, ..., all of them active."""
     model = toy_model(dtype=dtype).eval()
     for seed, method in enumerate(methods):
@@ -195,7 +196,8 @@ def test_an_encoder_takes_a_prompt_and_no_prefix():
     tokens, kinds = torch.tensor([[2, 5, 7, 1]]), torch.tensor([[0, 0, 1, 1]])
     plain = copy.deepcopy(model.bert)
     ia.attach(model, PROMPT)
-    P = numbers_of_bert = states(model, "default")["bert"].P.detach()
+    state: Any = states(model, "default")["bert"]
+    P = numbers_of_bert = state.P.detach()
     assert P.shape == (3, 8)
     x = torch.cat([numbers_of_bert[None], plain.get_input_embeddings()(tokens)], 1)
     full = plain(inputs_embeds=x, token_type_ids=torch.tensor([[0, 0, 0, 0, 0, 1, 1]])).last_hidden_state[:, 3:]
@@ -254,7 +256,8 @@ def test_one_deck_switches_prompts_prefixes_and_loras():
     made = adapted(PROMPT, PREFIX, LORA)
     deck = ia.Deck(model)
     for name in "abc":
-        deck.add(**{name: ia.export(made, name)})
+        more: Any = {name: ia.export(made, name)}
+        deck.add(**more)
     for name in "abacbca":
         deck.use(name)
         ia.activate(made, name)
@@ -296,8 +299,10 @@ def test_a_fusion_is_in_the_order_that_was_asked_for():
 def test_it_is_there_or_not():
     prompt = Insert((8, 16), Prompt(torch.ones(2, 8)), "ahead")
     prefix = Insert((8, 16), Prefix(torch.ones(2, 2, 3, 2), torch.ones(2, 2, 3, 2)), "ahead")
+    edit: Any
     for edit in (prompt, prefix):
-        assert scale(edit, 1.0).scale == 1
+        whole: Any = scale(edit, 1.0)
+        assert whole.scale == 1
         for half in (lambda edit=edit: scale(edit, 0.5), lambda edit=edit: Sum(edit.shape, (edit,), (2.0,))):
             with pytest.raises(ia.IntarsiaError, match=r"stands before the tokens or does not"):
                 half()

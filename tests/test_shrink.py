@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import intarsia as ia
+from intarsia import bases, pretrained, shrink
 from intarsia import model as models
-from intarsia import pretrained, shrink
 from intarsia.bases import Thin
 from intarsia.bases.thin import RANKS
 from intarsia.errors import IntarsiaError
@@ -55,7 +57,8 @@ def thin_alone(name, rank, by="outputs", net=None):
 
 @pytest.mark.parametrize("name", SITES)
 def test_at_the_full_rank_the_layer_is_the_same(name):
-    _, y, thin = thin_alone(name, min(small_net().get_submodule(name).weight.shape))
+    layer: Any = small_net().get_submodule(name)
+    _, y, thin = thin_alone(name, min(layer.weight.shape))
     torch.testing.assert_close(thin, y, atol=2e-6, rtol=0)  # Q is kept in float32
 
 
@@ -78,7 +81,7 @@ def test_what_is_lost_is_the_sum_of_the_eigenvalues_left_out(name):
 
 def test_the_bias_is_that_of_the_formula():
     model = small_net(torch.float64)
-    layer = model.get_submodule("up")
+    layer: Any = model.get_submodule("up")
     _x, y = rows(model, "up")
     one = shrink.survey(model, data(), "up", loss=run)["up"]
     _W1, Q, b2 = one.factors(layer.weight, layer.bias, RANK)
@@ -160,7 +163,9 @@ def test_a_shrunk_model_is_written_and_read_again(tiny_llama, tmp_path):
     done = shrink.factorize(model, shrink.survey(model, [batch]), {"up_proj": 0.4, "q_proj": 0.4})
     assert sum(layer.rank is not None for layer in done.layers) == 4
     shrink.save(model, Tokenizer(), tmp_path / "thin")
-    again, report = pretrained._read_thin(tmp_path / "thin", "auto", pretrained.bases.read_ranks(tmp_path / "thin"))
+    ranks = bases.read_ranks(tmp_path / "thin")
+    assert ranks is not None
+    again, report = pretrained._read_thin(tmp_path / "thin", "auto", ranks)
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     assert ia.digest(again) == ia.digest(model)
@@ -168,7 +173,7 @@ def test_a_shrunk_model_is_written_and_read_again(tiny_llama, tmp_path):
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
     (tmp_path / "thin" / RANKS).write_text('{"format": 9}')
     with pytest.raises(IntarsiaError, match="is of format 9; this version reads 1"):
-        pretrained.bases.read_ranks(tmp_path / "thin")
+        bases.read_ranks(tmp_path / "thin")
     with pytest.raises(IntarsiaError, match="no layer of this LlamaForCausalLM is thin"):
         shrink.save(tiny_llama(), Tokenizer(), tmp_path / "none")
 

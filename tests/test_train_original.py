@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,8 +47,9 @@ def test_the_original_of_the_config_is_what_is_repaired(home, tmp_path):
     expected = pretrained.load(home / "pruned").model
     ia.attach(expected, Eora(rank=4, weighting="none"), original=whole)
     ia.load(model, tmp_path / "out")
-    for name, state in models.states(expected, "default").items():
-        found = models.states(model, "out")[name]
+    wanted: Any = models.states(expected, "default")
+    for name, state in wanted.items():
+        found: Any = models.states(model, "out")[name]
         torch.testing.assert_close(found.B @ found.A, state.B @ state.A, atol=1e-5, rtol=1e-4)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["eval_loss"] != report["base_loss"]
@@ -66,7 +68,8 @@ def test_eva_starts_in_the_rows_and_loads_with_its_ranks(home, tmp_path):
     train(load_config(file, ["train.calibration_batches=3"]))
     model = pretrained.load(home / "pruned").model
     ia.load(model, tmp_path / "out")
-    ranks = [state.A.shape[0] for state in models.states(model, "out").values()]
+    states: Any = models.states(model, "out")
+    ranks = [state.A.shape[0] for state in states.values()]
     layers = sum(isinstance(module, torch.nn.Linear) for module in model.modules()) - 1
     assert sum(ranks) == 2 * layers
     assert len(set(ranks)) > 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_the_edit_is_the_product_of_its_matrices(pairs, inner):
     )  # fmt: skip
     edit, zero = Transformed((O, I), C, pairs, -2.0), torch.zeros(O, I, dtype=torch.float64)
     whole = C.delta(torch.zeros(P, Q, dtype=torch.float64))
-    expected = -2 * sum(_matrix(out, O).T @ whole @ _matrix(into, I) for out, into in pairs)
+    expected: Any = -2 * sum(_matrix(out, O).T @ whole @ _matrix(into, I) for out, into in pairs)
     torch.testing.assert_close(edit.delta(zero), expected, rtol=0, atol=1e-12)
     x = _random(3, 2, I, seed=2)
     torch.testing.assert_close(edit.times(x), x @ expected.T, rtol=0, atol=1e-12)

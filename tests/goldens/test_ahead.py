@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import peft
 import pytest
@@ -33,13 +34,13 @@ def padded(ids: torch.Tensor, side: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.where(mask == 1, torch.tensor(258)), "attention_mask": mask}
 
 
-def ours(method: ia.Method) -> torch.nn.Module:
+def ours(method: ia.Method) -> Any:
     model = toy_model().eval()
     ia.attach(model, method)
     return model
 
 
-def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trained(model: torch.nn.Module) -> dict[str, Any]:
     return dict(states(model, "default")["model"].named_parameters())
 
 
@@ -48,9 +49,7 @@ def as_peft(K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     return torch.stack([K, V], 1).permute(3, 0, 1, 2, 4).flatten(1)
 
 
-def pair(
-    kind: str,
-) -> tuple[torch.nn.Module, torch.nn.Module, dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]]:
+def pair(kind: str) -> tuple[Any, Any, dict[str, tuple[Any, Any]]]:
     """(ours, PEFT's, what trains in both by name) with the same numbers."""
     more = {"num_virtual_tokens": N, "task_type": "CAUSAL_LM"}
     if kind == "prompt":
@@ -174,7 +173,8 @@ def one_layer(model: GPT2Model, x: torch.Tensor, positions: range, K: torch.Tens
     h = h + torch.cat(heads, -1) @ layer.attn.c_proj.weight + layer.attn.c_proj.bias
     mlp = layer.mlp
     inner = F.gelu(layer.ln_2(h) @ mlp.c_fc.weight + mlp.c_fc.bias, approximate="tanh")
-    return model.ln_f(h + inner @ mlp.c_proj.weight + mlp.c_proj.bias)
+    y: torch.Tensor = model.ln_f(h + inner @ mlp.c_proj.weight + mlp.c_proj.bias)
+    return y
 
 
 @pytest.mark.parametrize("method", [Prompt(tokens=3), Prefix(tokens=3, std=1.0)], ids=["prompt", "prefix"])
@@ -182,7 +182,7 @@ def test_is_attention_written_out_by_hand(method):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        net = torch.nn.ModuleDict(
+        net: Any = torch.nn.ModuleDict(
             {"decoder": GPT2Model(GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, **off))}
         )
     net = net.double().eval()
@@ -191,7 +191,7 @@ def test_is_attention_written_out_by_hand(method):
     x = plain.wte.weight[ids[0]]
     torch.testing.assert_close(plain(ids).last_hidden_state[0], one_layer(plain, x, range(4), nothing, nothing))
     ia.attach(net, method)
-    state = states(net, "default")["decoder"]
+    state: Any = states(net, "default")["decoder"]
     found = net["decoder"](ids).last_hidden_state[0]
     if method.name == "prompt":
         expected = one_layer(plain, torch.cat([state.P, x]), range(7), nothing, nothing)[3:]

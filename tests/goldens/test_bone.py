@@ -136,7 +136,12 @@ def test_bat_keeps_nothing_of_the_size_of_the_weight_for_backward():
     ia.attach(model, BAT)
     stir(model)
     x = torch.randn(3, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = model(x)
     assert all(t.numel() < 64 * 48 for t in kept)
     y.sum().backward()

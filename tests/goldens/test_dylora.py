@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,7 @@ def test_every_rank_can_be_taken_out_of_a_saved_adapter(tmp_path, scaling):
     model = adapted(Dylora(rank=6, unit=2, scaling=scaling))
     ia.save(model, tmp_path / "whole")
     x = some_input()
+    other: Any = None
     for b in (2, 4, 6):
         command = ["compress", str(tmp_path / "whole"), str(tmp_path / f"r{b}"), "--to", "prefix", "--rank", str(b)]
         assert CliRunner().invoke(app, command).exit_code == 0

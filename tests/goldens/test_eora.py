@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,12 +33,13 @@ def weights(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def repair(W: Tensor, W_c: Tensor, X: Tensor | None, rank: int = RANK, weighting: str = "gram") -> Tensor:
     """B A as the method makes it."""
-    net = nn.Sequential(nn.Linear(I, O, bias=False)).double()
+    net: Any = nn.Sequential(nn.Linear(I, O, bias=False)).double()
     net[0].weight.data.copy_(W_c)
     data = None if X is None else [X[: N // 3], X[N // 3 :]]
     ia.attach(net, Eora(rank=rank, weighting=weighting), data=data, loss=lambda m, x: m(x).sum(), original={"0": W})
-    state = models.states(net, "default")["0"]
-    return (state.B @ state.A).detach()
+    state: Any = models.states(net, "default")["0"]
+    change: Tensor = (state.B @ state.A).detach()
+    return change
 
 
 def papers(W: Tensor, W_c: Tensor, X: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,7 @@ def test_no_repair_of_its_rank_is_better():
     def closure() -> Tensor:  # the best A for a B is in closed form, so gradient descent is over B alone
         optimizer.zero_grad()
         E = (W - W_c) @ root
-        loss = (E - B @ torch.linalg.lstsq(B, E).solution).square().sum()
+        loss: Tensor = (E - B @ torch.linalg.lstsq(B, E).solution).square().sum()
         loss.backward()
         return loss
 
@@ -164,7 +167,7 @@ def test_the_rules_that_compress():
     ],
 )  # fmt: skip
 def test_a_model_is_compressed_by_the_name_of_a_rule(name, same):
-    net = nn.Sequential(nn.Linear(I, O), nn.Linear(O, I))
+    net: Any = nn.Sequential(nn.Linear(I, O), nn.Linear(O, I))
     weights = {"0": net[0].weight.detach().clone(), "1": net[1].weight.detach().clone()}
     before = bases.degrade(net, name)
     for key, W in weights.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -32,7 +34,8 @@ def inputs(*shape: int, seed: int = 0, spread: float = 2.0) -> Tensor:
     mixing = torch.linalg.qr(
         torch.randn(shape[-1], shape[-1], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     )[0]
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scales @ mixing + 0.3
+    rows: Tensor = torch.randn(*shape, generator=generator, dtype=torch.float64) * scales @ mixing + 0.3
+    return rows
 
 
 def cosines(A: Tensor, B: Tensor) -> Tensor:
@@ -54,6 +57,7 @@ def test_batches_give_what_all_rows_together_give(center):
     X = X - X.mean(0) if center else X
     _, s, V = torch.linalg.svd(X, full_matrices=False)
     torch.testing.assert_close(seen.s, s, rtol=1e-9, atol=1e-9)
+    assert seen.V is not None
     assert (cosines(seen.V, V) > 1 - 1e-9).all()
     torch.testing.assert_close(seen.explained, s.square() / X.square().sum(), rtol=1e-9, atol=1e-12)
 
@@ -149,8 +153,8 @@ class Counts:
 
 
 def test_observers_see_the_tokens_that_count_until_they_are_satisfied(tiny_llama):
-    model, told, conferred = tiny_llama(), [], []
-    batches = []
+    model, told = tiny_llama(), []
+    batches, conferred = [], list[Any]()
     for seed in (0, 1):
         ids = torch.randint(1, 300, (2, 6), generator=torch.Generator().manual_seed(seed))
         mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -213,7 +217,7 @@ def test_ranks_go_where_they_explain_most():
 
 
 def test_inputs_of_one_dimension_cede_their_rank_and_a_layer_without_gets_none():
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).double()
+    model: Any = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).double()
     with torch.no_grad():  # the second layer is given a multiple of one vector
         model[0].weight.copy_(torch.ones(16, 1, dtype=torch.float64) @ model[0].weight[:1])
         model[0].bias.zero_()

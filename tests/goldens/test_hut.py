@@ -116,7 +116,12 @@ def test_only_one_matrix_is_made_and_none_is_kept():
     ia.attach(model, Hut(rank=2))
     stir(model)
     x = torch.randn(3, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(x).sum().backward()
     assert all(t.numel() < 64 * 48 for t in kept)
 

@@ -133,9 +133,11 @@ def test_layers_that_have_no_turn_keep_their_numbers_and_moments_to_the_bit(meth
     for step in range(1, 9):
         before = {k: t.clone() for k, t in ia.adapter_state(model, "default").items()}
         moments = {id(p): {k: t.clone() for k, t in kept.items()} for p, kept in optimizer.state.items()}
-        chosen = turns.begin(
-            step, lambda step=step: some_loss(model, some_input(torch.float32, 4, 12, seed=100 + step))
-        )
+
+        def loss(step: int = step) -> torch.Tensor:
+            return some_loss(model, some_input(torch.float32, 4, 12, seed=100 + step))
+
+        chosen = turns.begin(step, loss)
         assert len(chosen) == 2  # of eight
         some_loss(model, some_input(torch.float32, 4, 12, seed=step)).backward()
         optimizer.step()
@@ -211,7 +213,11 @@ def test_what_is_left_of_an_earlier_turn_is_not_stepped_by():
 def test_turns_go_on_from_a_checkpoint_to_the_bit():
     def run(model: nn.Module, turns: Turns, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last + 1):
-            turns.begin(step, lambda step=step: some_loss(model, some_input(torch.float32, 4, 12, seed=-step)))
+
+            def loss(step: int = step) -> torch.Tensor:
+                return some_loss(model, some_input(torch.float32, 4, 12, seed=-step))
+
+            turns.begin(step, loss)
             torch.manual_seed(step)  # of the dropout
             some_loss(model, some_input(torch.float32, 4, 12, seed=step)).backward()
             optimizer.step()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -113,8 +116,10 @@ def test_without_lambda_and_with_gates_of_1_it_is_lora_step_by_step():
 
 def test_inside_dora_the_gates_are_made_0_as_well():
     model = small_net()
-    ia.attach(model, ia.Dora(inner={"name": "sora", "rank": 4, "lam": 50.0, "stages": 2, "last": 60.0}))
+    inner: Any = {"name": "sora", "rank": 4, "lam": 50.0, "stages": 2, "last": 60.0}
+    ia.attach(model, ia.Dora(inner=inner))
     optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    counts: Mapping[str, int] = {}
     for step in range(1, 5):
         some_loss(model, some_input(seed=step)).backward()
         optimizer.step()
@@ -122,7 +127,8 @@ def test_inside_dora_the_gates_are_made_0_as_well():
     assert sum(counts.values()) < 8
     assert float(state_of(model, "up").lam) == 60.0
     for site, rank in counts.items():
-        assert ia.export(model).edits[f"{site}.weight"].inner.A.shape[0] == rank
+        edit: Any = ia.export(model).edits[f"{site}.weight"]
+        assert edit.inner.A.shape[0] == rank
 
 
 def test_an_l1_loss_is_added_to_the_gradient_of_the_gates():
@@ -152,6 +158,7 @@ def test_the_stages_are_those_of_the_authors(schedule):
     ia.attach(model, method)
     np.testing.assert_allclose([method.lam_at(stage) for stage in range(count)], theirs, rtol=1e-12)
     seen, told = [float(state_of(model, "up").lam)], []
+    counts: Mapping[str, int] = {}
     for step in range(1, 26):
         counts = reallocate(model, "default", step, 25)
         seen.append(float(state_of(model, "down").lam))

@@ -38,7 +38,8 @@ def _most(method: Any, site: Site) -> int:
 
 
 def _components(method: Any) -> int:
-    return round(method.rank * float(getattr(method, "rho", RHO)))
+    rank: int = method.rank
+    return round(rank * float(getattr(method, "rho", RHO)))
 
 
 def observer(method: Any, site: Site) -> Spectrum:

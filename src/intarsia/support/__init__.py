@@ -1,5 +1,6 @@
 """The support space: granularity x scorer x budget. Pure tensor functions."""
 
+from intarsia.registry import OUTSIDE
 from intarsia.support.budgets import BUDGETS, OF_THE_MODEL, allocate, proportional
 from intarsia.support.choose import Drawn, choose, free_count, free_units, struct, top
 from intarsia.support.granularity import (
@@ -20,7 +21,7 @@ from intarsia.support.granularity import (
 from intarsia.support.noise import combination, noise
 from intarsia.support.permutation import draw, permute, ranks, sample, sample_rows, uniform
 from intarsia.support.principal import principal
-from intarsia.support.scorers import CROWDED, OUTSIDE, SCORERS, is_scorer, needs_of, score, scorer
+from intarsia.support.scorers import CROWDED, SCORERS, is_scorer, needs_of, score, scorer
 
 __all__ = [
     "BUDGETS", "CROWDED", "GRANULARITIES", "OF_THE_MODEL", "OUTSIDE", "SCORERS", "Column", "Diagonal", "Drawn", "Element",
