@@ -54,6 +54,7 @@ from intarsia.site import Site, adaptable_layers, site_at, weight_name, weight_o
 Law = Callable[[Method], None]
 
 LAWS: dict[str, Law] = {}
+WAYS = ("bottleneck", "dora", "lora", "shira")  # a method of each way to act at a layer
 LAYERS = ("up", "down", "again")  # 24 x 16, 16 x 24, and 24 x 16 once more: two layers of one shape
 EXACT = 1e-10  # float64: the order of summation may differ, the mathematics may not
 CLOSE = 2e-5  # float32, values of about 1 through three layers
@@ -196,8 +197,13 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 
 
 def _others(method: Method) -> list[type[Method]]:
-    """Every registered method that sits where this one does."""
-    return [cls for _, cls in sorted(registry.methods().items()) if _ahead(cls) == _ahead(method)]
+    """Every registered method that sits where this one does; beside the first of its settings all, beside the others one of each
+    way to act: what is live, what is beside, what reads the weight, what is no change of it."""
+    all_of_them = [cls for _, cls in sorted(registry.methods().items()) if _ahead(cls) == _ahead(method)]
+    small = type(method).small
+    if _ahead(method) or type(method)(**small[0]) == method:
+        return all_of_them
+    return [cls for cls in all_of_them if cls.name in WAYS]
 
 
 def _with_ahead(plain: Any, inserts: Sequence[Insert], x: Tensor) -> Tensor:
