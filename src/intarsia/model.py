@@ -173,7 +173,7 @@ def plan(
 ) -> dict[str, int]:
     """What :func:`attach` would train: numbers by the name of each layer that would get an adapter. Changes nothing.
 
-    Where the shares are of the whole model and chosen by score or chance, the sum is exact and the parts are a plan. What
+    Where the shares are of the whole model and chosen by score or chance, the number of units is exact and the parts are a plan. What
     layers share counts at the first of them.
 
     Raises:
