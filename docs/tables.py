@@ -49,6 +49,7 @@ INTO, BESIDE = (
     "Can be set into the base.",
     "Acts beside its layers and cannot be merged; a deck switches it all the same.",
 )
+AHEAD = "Stands before the tokens and cannot be merged; a deck switches it all the same."
 BEGIN_EDITS, END_EDITS = "<!-- edits: made by docs/tables.py -->", "<!-- edits end -->"
 
 BEGIN_RULES, END_RULES = "<!-- rules: made by docs/tables.py -->", "<!-- rules end -->"
@@ -116,7 +117,8 @@ def methods_page() -> str:
             default = field.default.config() if isinstance(field.default, ia.Method) else field.default
             rows.append(f"| `{field.name}` | {str(kind).replace('|', 'or')} | `{default}` | {field.metadata['help']} |")
         parts.append("\n".join(rows))
-        parts.append(f"Default learning rate (Adam): {cls.default_lr:g}. {INTO if cls.mergeable else BESIDE}")
+        fate = INTO if cls.mergeable else AHEAD if "decoder" in cls.kinds else BESIDE
+        parts.append(f"Default learning rate (Adam): {cls.default_lr:g}. {fate}")
     return "\n\n".join(parts) + "\n"
 
 

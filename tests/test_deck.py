@@ -1187,7 +1187,7 @@ def test_an_insert_sits_beside_linear_layers_alone():
     for weight, edit, kind in (("0.weight", insert, "embedding"), ("1.weight", elsewhere, "convolution")):
         deck = ia.Deck(model)
         with pytest.raises(
-            ia.IntarsiaError, match=f"{weight}: an insert acts beside layers of the kind linear.*{kind}"
+            ia.IntarsiaError, match=f"{weight}: an insert .bottleneck. acts at layers of the kind linear.*{kind}"
         ):
             deck.add(a=ia.Adapter("a", {weight: edit}, base, {}))
         assert deck.names == []

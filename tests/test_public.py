@@ -17,7 +17,8 @@ from small import SITES, small_net, some_input
 
 # A name that is added, renamed or removed is a change of the interface: edit this list and the changelog with it.
 PUBLIC = {
-    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "S2ft", "Shira", "__version__", "activate",
+    "Adapter", "Deck", "Dora", "IntarsiaError", "Lora", "Method", "Paca", "Prefix", "Prompt", "S2ft", "Shira", "__version__",
+    "activate",
     "active_names", "adapter_state", "attach", "attached_names", "detach", "digest", "export", "load",
     "load_adapter_state", "load_checkpoint", "lottery", "optim", "read", "register", "registry", "regrow", "replicate", "rows", "save",
     "save_checkpoint", "scorer", "shard", "sync",

@@ -84,7 +84,8 @@ def whole_run(method: ia.Method, wrap: Callable[[nn.Module], nn.Module], rank: i
     """Train, look at everything that is to be the same with any number of processes, and take the adapter off again."""
     model = small_net(torch.float64)
     before = weights(model)
-    ia.attach(model, method, data=[some_input(torch.float64)], loss=some_loss)
+    original = small_net(torch.float64, seed=1)
+    ia.attach(model, method, data=[some_input(torch.float64)], loss=some_loss, original=original)
     base = ia.digest(model)
     start = {k: t.clone() for k, t in ia.adapter_state(model, "default").items()}
     call = wrap(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -30,8 +31,8 @@ def ahead(request, world, tmp_path_factory):
 
 def test_it_is_trained_and_shown(intarsia, ahead, world):
     adapter = ia.read(ahead)
-    (edit,) = adapter.edits.values()
-    assert edit.count == 4
+    edits: list[Any] = list(adapter.edits.values())
+    assert [edit.count for edit in edits] == [4]
     for more in ((), ("--model", world.base)):
         shown = intarsia("show", ahead, "--json", *more).json
         assert (shown["touched"], shown["norm"], shown["spectra"]) == (0, None, [])

@@ -59,6 +59,11 @@ SURFACE = {
         ["--to", "--density", "--alpha", "--bits", "--rank", "--budget", "--search", "--balanced", "--masks", "--data", "--model", "--format",
          "--rows", "--max-length", "--batch-size", "--overwrite", "--json"],
     ),
+    "shrink": (
+        ["model", "output"],
+        ["--data", "--rank", "--search", "--target", "--exclude", "--multiple", "--by", "--format", "--rows", "--max-length",
+         "--batch-size", "--overwrite", "--json"],
+    ),
     "convert": (
         ["source", "output"],
         ["--to", "--base", "--rank", "--dense", "--dtype", "--overwrite", "--json"],
@@ -75,11 +80,6 @@ SURFACE = {
     "registry verify": ([], ["--registry", "--json"]),
     "registry push": (["reference", "repository"], ["--revision", "--public", "--registry", "--json"]),
     "registry pull": (["repository"], ["--revision", "--name", "--tag", "--registry", "--json"]),
-    "shrink": (
-        ["model", "output"],
-        ["--data", "--rank", "--search", "--target", "--exclude", "--multiple", "--by", "--format", "--rows", "--max-length",
-         "--batch-size", "--overwrite", "--json"],
-    ),
     "bench train": (
         [],
         ["--size", "--model", "--dtype", "--device", "--batch", "--length", "--rounds", "--steps", "--threads", "--only",

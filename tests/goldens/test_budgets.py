@@ -196,10 +196,13 @@ def test_scores_are_gathered_in_files_that_are_gone_afterwards(tmp_path, monkeyp
     assert os.listdir(tmp_path) == []
 
 
-def test_inside_of_another_method_a_shared_budget_is_refused():
-    method = ia.Dora(ia.Shira(density=0.1, scorer="magnitude", budget="model"))
-    with pytest.raises(ia.IntarsiaError, match="budget='model' is of the whole model, so shira cannot be inside"):
-        ia.attach(small_net(), method)
+def test_inside_of_another_method_a_shared_budget_is_shared_as_well():
+    inner = ia.Shira(density=0.1, scorer="magnitude", budget="model")
+    alone, inside = small_net(), small_net()
+    ia.attach(alone, inner)
+    ia.attach(inside, ia.Dora(inner))
+    for site in models.states(alone, "default"):
+        assert torch.equal(state_of(alone, site).index, state_of(inside, site).index)
 
 
 def test_larger_units_are_not_better_for_their_size():

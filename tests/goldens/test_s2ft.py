@@ -330,6 +330,15 @@ def test_takes_its_parts_of_all_linears(tiny_llama):
     assert {name.rpartition(".")[2] for name in _states(model, "default")} == {"o_proj", "down_proj"}
 
 
+def test_inside_of_dora_it_is_chosen_as_it_is_alone(tiny_llama):
+    alone, inside = tiny_llama(), tiny_llama()
+    ia.attach(alone, ia.S2ft(o=0.5, down=0.2))
+    ia.attach(inside, ia.Dora(ia.S2ft(o=0.5, down=0.2)))
+    found = _states(inside, "default")
+    assert found.keys() == _states(alone, "default").keys()
+    assert all(torch.equal(state.index, found[name].index) for name, state in _states(alone, "default").items())
+
+
 @pytest.mark.parametrize(
     ("method", "targets", "says"),
     [
@@ -341,7 +350,6 @@ def test_takes_its_parts_of_all_linears(tiny_llama):
         (ia.S2ft(o=0.1), "all-linear", "none of the 8 heads of 2 blocks would be trained in o"),
         (ia.S2ft(layout="fc1 > fc2"), "all-linear", "Looked for, under every module: fc1 > fc2"),
         (ia.S2ft(o=0.5, select="gradient"), "all-linear", "needs calibration data"),
-        (ia.Dora(ia.S2ft()), "all-linear", "cannot be inside of another method"),
     ],
     ids=str,
 )

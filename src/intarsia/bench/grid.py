@@ -78,6 +78,7 @@ class Grid(Section):
     )
     targets: Names = "all-linear"
     exclude: list[str] = Field(default_factory=list)
+    original: PathText | None = Field(default=None, description="the model before its weights were compressed")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     answers: bool = Field(default=False, description="let each run answer too, for the task's own measure; slower")
     rank: bool = Field(default=False, description="the effective rank of what each run changed; slower")

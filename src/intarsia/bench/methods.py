@@ -158,6 +158,7 @@ class _Bench:
                 "method": dict(case.entry.config),
                 "targets": self.grid.targets,
                 "exclude": self.grid.exclude,
+                "original": self.grid.original,
                 "output": str(output),
                 "overwrite": True,
                 "seed": case.seed,

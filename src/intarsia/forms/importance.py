@@ -32,7 +32,7 @@ def falling(step: int, first: float, last: float, start: float, target: float) -
 
 class Sensed(Delta):
     """A delta that knows how much the loss feels it: S = sum |D * G| / sqrt(O I), D the change and G the loss gradient of it, smoothed
-    from step to step into I and its uncertainty U. For that D is formed in training.
+    from step to step into I and its uncertainty U. For that D is formed in training. Over several processes S is the mean of theirs.
 
     State: ``note``, by which S comes from the backward pass; ``importance``, I, and ``spread``, U: () each.
     """

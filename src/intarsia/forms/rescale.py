@@ -48,6 +48,16 @@ class Rescale(Method):
     def around(self, inner: Method) -> Method:
         """The same with another method inside."""
 
+    def roles_from(self) -> str | None:
+        return self.inside().roles_from()
+
+    def takes(self, sites: Mapping[str, Site]) -> Mapping[str, Site]:
+        return self.inside().takes(sites)
+
+    @property
+    def expected(self) -> Mapping[str, str]:  # type: ignore[override]
+        return self.inside().expected
+
     def chooses_together(self) -> bool:
         return self.inside().chooses_together()
 
