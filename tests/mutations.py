@@ -8,6 +8,7 @@ only the file that is most likely to notice.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bug import Mutation
@@ -34,11 +36,11 @@ QUICK = (
 )
 
 
-MUTATIONS = [
-    mutation
+BUGS: dict[str, list[Mutation]] = {
+    file.stem: importlib.import_module(f"bugs.{file.stem}").BUGS
     for file in sorted(Path(__file__).with_name("bugs").glob("*.py"))
-    for mutation in importlib.import_module(f"bugs.{file.stem}").BUGS
-]
+}
+MUTATIONS = [mutation for bugs in BUGS.values() for mutation in bugs]
 
 
 def notices(source: Path, mutation: Mutation, near: bool) -> str:
@@ -68,31 +70,47 @@ def notices(source: Path, mutation: Mutation, near: bool) -> str:
     return ""
 
 
-def main(words: list[str]) -> int:
+def planted(mutation: Mutation, near: bool) -> tuple[str, str]:
+    """Plant one bug in a copy. -> ``caught``, ``MISSED`` or ``STALE``, and a line that says so."""
+    with tempfile.TemporaryDirectory(prefix="intarsia-mutation-") as folder:
+        source, begun = Path(folder), time.monotonic()
+        for part in (
+            "src",
+            "tests",
+        ):  # what was compiled goes along: the copies keep their times, but for the one with the bug
+            shutil.copytree(ROOT / part, source / part)
+        shutil.copy(ROOT / "pyproject.toml", source)
+        file = source / "src" / "intarsia" / mutation.file
+        text = file.read_text()
+        if text.count(mutation.old) != 1:
+            return "STALE", f"STALE   {mutation.file}: {mutation.what}"
+        file.write_text(text.replace(mutation.old, mutation.new))
+        caught = notices(source, mutation, near)
+        took = f"({time.monotonic() - begun:.0f} s)"
+        if caught:
+            return "caught", f"caught  {mutation.what}: {caught} {took}"
+        return "MISSED", f"MISSED  {mutation.file}: {mutation.what} {took}"
+
+
+def main(arguments: list[str]) -> int:
     """Run the mutations that have one of the words, or all. -> the exit status."""
-    near = "--near" in words
-    words = [word for word in words if word != "--near"]
-    chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file} {m.what}" for word in words)]
-    missed, stale = [], []
-    for mutation in chosen:
-        with tempfile.TemporaryDirectory(prefix="intarsia-mutation-") as folder:
-            source, begun = Path(folder), time.monotonic()
-            for part in ("src", "tests"):
-                shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copy(ROOT / "pyproject.toml", source)
-            file = source / "src" / "intarsia" / mutation.file
-            text = file.read_text()
-            if text.count(mutation.old) != 1:
-                stale.append(mutation.what)
-                print(f"STALE   {mutation.file}: {mutation.what}", flush=True)
-                continue
-            file.write_text(text.replace(mutation.old, mutation.new))
-            caught = notices(source, mutation, near)
-        if not caught:
-            missed.append(mutation.what)
-        verdict = f"caught  {mutation.what}: {caught}" if caught else f"MISSED  {mutation.file}: {mutation.what}"
-        print(f"{verdict} ({time.monotonic() - begun:.0f} s)", flush=True)
-    print(f"{len(chosen) - len(missed) - len(stale)} of {len(chosen)} caught, {len(missed)} missed, {len(stale)} stale")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only those whose file or description has one of these words")
+    parser.add_argument("--kind", nargs="*", default=[], help="only those of these files in tests/bugs, by their names")
+    parser.add_argument("--near", action="store_true", help="only the file of tests that is most likely to notice")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    given = parser.parse_args(arguments)
+    if unknown := set(given.kind) - BUGS.keys():
+        parser.error(f"no file tests/bugs/{unknown.pop()}.py; there are {', '.join(BUGS)}")
+    of_kind = [m for kind, bugs in BUGS.items() for m in bugs if not given.kind or kind in given.kind]
+    chosen = [m for m in of_kind if not given.words or any(word in f"{m.file} {m.what}" for word in given.words)]
+    verdicts = []
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for verdict, line in pool.map(lambda m: planted(m, given.near), chosen):
+            verdicts.append(verdict)
+            print(line, flush=True)
+    caught, missed, stale = (verdicts.count(verdict) for verdict in ("caught", "MISSED", "STALE"))
+    print(f"{caught} of {len(chosen)} caught, {missed} missed, {stale} stale")
     return 1 if missed else 2 if stale else 0
 
 
