@@ -14,6 +14,7 @@ everywhere; no dropout; alpha defaults to 2 r, as our LoRA's, whose learning rat
 from dataclasses import dataclass
 
 from intarsia.edits import Activated, is_tokens
+from intarsia.errors import IntarsiaError
 from intarsia.forms import Insert
 from intarsia.method import option
 from intarsia.methods.lora import Lora
@@ -54,9 +55,14 @@ class Alora(Insert):
     def scale(self):  # type: ignore[override]
         return self.lora().scale
 
-    def check(self, site):
+    def takes(self, sites):
         if not self.invocation:
-            return f"{site.name}: no invocation is given; say which tokens switch {self.name} on, such as invocation=[1, 520]"
+            raise IntarsiaError(
+                f"{self.name}: no invocation is given; say which tokens switch it on, such as invocation=[1, 520]"
+            )
+        return sites
+
+    def check(self, site):
         return self.lora().check(site)
 
     def trained_count(self, shape):
