@@ -246,7 +246,7 @@ def test_int8_is_the_nearest_of_256_steps_of_each_row() -> None:
 def test_training_starts_at_the_base_and_leaves_it(load_in: str, method: ia.Method) -> None:
     net, x = packed_net(load_in), some_input()
     start, digest = net(x).detach(), models.digest(net)
-    ia.attach(net, method, data=[x], loss=some_loss)
+    ia.attach(net, method, data=[x], loss=some_loss, original=small_net())
     if method.starts_as_identity:
         torch.testing.assert_close(net(x), start, rtol=1e-5, atol=1e-6)  # torchao multiplies by the scale afterwards
     optimizer = torch.optim.AdamW(trained(net), lr=1e-2)
@@ -286,9 +286,15 @@ def test_what_is_not_selected_stays_what_the_codes_stand_for(load_in: str, metho
 def test_outputs_and_gradients_are_those_of_the_folded_weight(load_in: str, method: ia.Method) -> None:
     net, dense = packed_net(load_in), packed_net(load_in)
     bases.dequantise(dense)
+    original = small_net(torch.float64)
     for model in (net, dense):
         model.double()  # the codes stay what they are
-        ia.attach(model, method, data=[some_input(torch.float64)], loss=some_loss)
+        ia.attach(model, method, data=[some_input(torch.float64)], loss=some_loss, original=original)
+    with torch.no_grad():  # the same numbers in both: a decomposition in float32 is not quite the one in float64
+        for name in SITES:
+            for key, tensor in state_of(dense, name).tensors().items():
+                tensor.copy_(state_of(net, name).tensors()[key])
+    for model in (net, dense):
         stir(model)
     x = some_input(torch.float64)
     seen = []
@@ -297,8 +303,8 @@ def test_outputs_and_gradients_are_those_of_the_folded_weight(load_in: str, meth
         model(given).square().sum().backward()
         seen.append([model(x).detach(), given.grad, *(p.grad for p in trained(model))])
     for a, b in zip(*seen, strict=True):
-        # The state is float32 over a packed base and float64 over the dense one.
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-6, check_dtype=False)
+        # The state is float32 over a packed base and float64 over the dense one; large entries leave their rounding in small ones.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-6 * max(1.0, float(b.abs().max())), check_dtype=False)
 
 
 @both
